@@ -1,0 +1,98 @@
+"""The measure of zeros against hand-worked cases, and the sparse product against the dense one."""
+import numpy as np
+import pytest
+import torch
+
+import relu_sparsity as script
+from conftest import build, inputs
+
+
+def test_hoyer_by_hand():
+    """(3 + 4)^2 / (4 (9 + 16)) = 0.49; equal activations 1; a single one 1 / H; blind to scale."""
+    assert script.hoyer(torch.tensor([3.0, 4, 0, 0])).item() == pytest.approx(0.49)
+    assert script.hoyer(torch.full((5, 8), 0.3)).item() == pytest.approx(1)
+    assert script.hoyer(torch.eye(8)).item() == pytest.approx(1 / 8)
+    h = torch.rand(4, 16)
+    assert script.hoyer(h).item() == pytest.approx(script.hoyer(100 * h).item())
+
+
+def test_sparse_product_equals_dense():
+    """Rows that are empty, full and mixed, the first and the last among them."""
+    torch.manual_seed(0)
+    h, weight = torch.randn(40, 24).relu(), torch.randn(24, 7)
+    h[[0, 5, 6, 39]] = 0
+    h[10] = 1
+    assert torch.allclose(script.sparse_product(h, weight), h @ weight, atol=1e-5)
+    assert torch.equal(script.sparse_product(torch.zeros(3, 24), weight), torch.zeros(3, 7))
+
+
+@pytest.mark.parametrize("dataset", ("shapes", "pydoc"))
+def test_threshold_zero_is_the_trained_network(dataset):
+    model, x = build(script, dataset), inputs(dataset)
+    with torch.no_grad():
+        dense = model.twin(x)
+        assert torch.allclose(model(x)[0], dense, atol=1e-5)
+    for run in (model.masked, model.skipping):
+        logits, macs, _ = run(x, 0.0)
+        assert torch.allclose(logits, dense, atol=1e-4)
+        assert (macs < model.dense_macs).all()
+
+
+@pytest.mark.parametrize("dataset", ("shapes", "pydoc"))
+def test_cost_counts_each_neuron_that_fired(dataset):
+    """MACs by a loop over a hand-made set of weights: every neuron on, none on, and one on."""
+    model, x = build(script, dataset), inputs(dataset, count=2)
+    C, H, T = 32, 128, 64
+    for bias, fired in ((100.0, H), (-100.0, 0)):
+        with torch.no_grad():
+            for block in model.twin.blocks:
+                block.up.bias.fill_(bias)
+        _, macs, token_macs = model.skipping(x, 0.0)
+        assert macs.tolist() == [model.dense_macs - 2 * T * (H - fired) * C] * 2
+    with torch.no_grad():
+        model.twin.blocks[1].up.bias[7] = 100.0
+    _, macs, one = model.skipping(x, 0.0)
+    assert macs.tolist() == [model.dense_macs - 2 * T * H * C + T * C] * 2
+    assert torch.equal(one, token_macs + C)
+
+
+def test_activity_is_what_a_loop_counts():
+    model = build(script, "shapes")
+    x = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
+    by_example, by_token, by_neuron = script.activity(model, (x, None))
+    captured = []
+    hooks = [block.up.register_forward_hook(lambda m, i, z: captured.append(z > 0))
+             for block in model.twin.blocks]
+    with torch.no_grad():
+        model.twin(script.network_input(x))
+    for hook in hooks:
+        hook.remove()
+    for layer, fired in enumerate(captured):                               # (5, T, H)
+        for example in range(5):
+            assert by_example[example, layer] == pytest.approx(fired[example].double().mean().item(), abs=1e-6)
+        assert by_neuron[layer, 3] == pytest.approx(fired[:, :, 3].double().mean().item(), abs=1e-6)
+    tokens = torch.stack(captured).double().mean((0, 3))
+    assert np.allclose(by_token, tokens, atol=1e-6)
+
+
+def test_the_penalty_makes_activations_sparser():
+    """The same steps with and without it, from the same start."""
+    densities = []
+    for weight in (0.0, 1.0):
+        torch.manual_seed(0)
+        cfg = script.Config(dataset="pydoc", size="tiny", device="cpu", steps=60, sparsity_weight=weight)
+        data, model = script.load_data(cfg), script.Model(cfg)
+        script.train(model, data, cfg, script.objective)
+        densities.append(script.activity(model, data.calibration)[0].mean())
+    assert densities[1] < 0.7 * densities[0]
+
+
+def test_the_reported_loss_has_no_penalty_in_it():
+    cfg = script.Config(dataset="pydoc", size="tiny", device="cpu", sparsity_weight=5.0)
+    torch.manual_seed(0)
+    model, data = script.Model(cfg).eval(), script.load_data(cfg)
+    split = [part[:20] for part in data.test]
+    loss = script.evaluate(model.masked, split, 0.0)["loss"]
+    logits = model.twin(split[0].long())
+    chosen = logits.log_softmax(-1).gather(-1, split[1].long()[..., None])[..., 0]
+    assert np.allclose(loss, -chosen.detach(), atol=1e-4)
