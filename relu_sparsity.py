@@ -149,15 +149,15 @@ class Model(nn.Module):
 def objective(model, x, y):
     """The training loss, and what the progress bar shows."""
     logits, penalty = model(x)
-    loss = F.cross_entropy(logits.float().flatten(0, -2), y.flatten())
+    loss = cross_entropy(logits, y).mean()
     return loss + penalty, dict(loss=loss, accuracy=(logits.argmax(-1) == y).float().mean())
 
 
 # === shared: backbone ===
 class Attention(nn.Module):
-    """Multi-head attention whose queries and keys may be different tokens, so that a token can be
-    left out as the one, the other, or both. Written out, because torch's fused kernel took 3 to 5
-    times as long at these sizes in bf16 training on a CPU."""
+    """Multi-head attention in parts, so that a token can be left out as query, as key, or as both.
+    Written out, because torch's fused kernel took 3 to 5 times as long at these sizes in bf16
+    training on a CPU."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -166,16 +166,20 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(width, 2 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x, context, allowed=None):
-        """x (B, Q, C) looks at context (B, T, C) where allowed (..., Q, T) -> (B, Q, C)."""
-        q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)       # (B, h, Q, C / h)
-        k_v = self.key_value(context).unflatten(-1, (2 * self.heads, -1)).transpose(1, 2)
+    def mix(self, query, key_value, allowed=None):
+        """query (B, Q, C) against key_value (B, T, 2 C) where allowed (..., Q, T) -> (B, Q, C)."""
+        query = query * (self.width / self.heads) ** -0.5
+        q = query.unflatten(-1, (self.heads, -1)).transpose(1, 2)               # (B, h, Q, C / h)
+        k_v = key_value.unflatten(-1, (2 * self.heads, -1)).transpose(1, 2)
         k, v = k_v.chunk(2, dim=1)                                              # (B, h, T, C / h)
-        score = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5                   # (B, h, Q, T)
+        score = q @ k.transpose(-2, -1)                                         # (B, h, Q, T)
         if allowed is not None:
             score = score.masked_fill(~allowed, -torch.inf)
-        mixed = score.softmax(-1).to(v.dtype) @ v                               # (B, h, Q, C / h)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return (score.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
+
+    def forward(self, x, allowed=None):
+        """x (B, T, C) -> (B, T, C)."""
+        return self.out(self.mix(self.query(x), self.key_value(x), allowed))
 
     def macs(self, queries, keys):
         """query and out, scores and weighted sums over all keys; key and value of every key."""
@@ -198,9 +202,9 @@ class Block(nn.Module):
 
     def attend(self, x):
         """x (B, T, C) -> x plus attention; text looks at the past only."""
-        T, normed = x.shape[1], self.norm1(x)
+        T = x.shape[1]
         allowed = None if self.past is None else self.past[:T, :T]
-        return x + self.drop(self.attention(normed, normed, allowed))
+        return x + self.drop(self.attention(self.norm1(x), allowed))
 
     def forward(self, x):
         x = self.attend(x)
@@ -225,7 +229,7 @@ class Twin(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.text, self.width = cfg.text, cfg.width
+        self.text, self.width, self.tokens = cfg.text, cfg.width, cfg.tokens
         C, S = cfg.width, cfg.width // 2
         self.stem = nn.Embedding(cfg.classes, C) if self.text else nn.Sequential(
             nn.Conv2d(3, S, 3, 2, 1, bias=False), nn.BatchNorm2d(S), nn.ReLU(), Neighbours(S),
@@ -443,13 +447,20 @@ def resolve(cfg):
         raise UserError("--batch, --lr, --epochs and --steps must not be negative")
 
 
+def cross_entropy(logits, y):
+    """logits (..., K), y (...) -> nats (...)."""
+    loss = F.cross_entropy(logits.float().flatten(0, -2), y.flatten().long(), reduction="none")
+    return loss.view_as(y)
+
+
 def train(model, data, cfg, objective, name="train"):
     """AdamW, warm-up, cosine, bf16 where the hardware is fast at it. objective(model, x, y) -> the
     loss and a dict of scalars for the progress bar. Raises UserError if the loss turns NaN."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW([dict(params=decayed, weight_decay=0.05),
-                                   dict(params=plain, weight_decay=0.0)], cfg.lr, (0.9, 0.99))
+                                   dict(params=plain, weight_decay=0.0)],
+                                  cfg.lr, betas=(0.9, 0.99), fused=True)
     examples = len(data.train[0]) // cfg.tokens if cfg.text else len(data.train[0])
     steps = cfg.steps or max(1, int(cfg.epochs * examples / cfg.batch))
     warm_up = 1 + steps // 10
@@ -488,15 +499,14 @@ def evaluate(run, split, threshold):
     """run (model.masked or model.skipping) over a split -> dict of arrays: loss (nats), prediction
     (both like y), macs (N,), token_macs (N, T)."""
     batches = []
-    for x, y in zip(split[0].split(250), split[1].split(250)):
+    for x, y in zip(split[0].split(100), split[1].split(100)):
         logits, macs, token_macs = run(network_input(x), threshold)
-        loss = F.cross_entropy(logits.flatten(0, -2), y.flatten().long(), reduction="none")
-        batches.append((loss.view_as(y), logits.argmax(-1), macs, token_macs.int()))
+        batches.append((cross_entropy(logits, y), logits.argmax(-1), macs, token_macs.int()))
     names = ("loss", "prediction", "macs", "token_macs")
     return {name: torch.cat(part).cpu().numpy() for name, part in zip(names, zip(*batches))}
 
 
-def calibrate(model, split, budget=None, points=11):
+def calibrate(model, split, budget=None, points=9):
     """Thresholds chosen on the calibration split -> the one that spends `budget` (a fraction of the
     dense MACs), and a sweep of at least `points` from the cheapest model to the full one, in which
     always the widest gap in MACs was halved. Raises UserError if the budget is out of reach."""
@@ -557,7 +567,7 @@ def wall_clock(model, x, threshold, cfg):
 def save_log(path, cfg, data, model, threshold, result, sweep, **extra):
     """Write the per-example log (README: "The log") to `path`, whole or not at all.
 
-    result: what `evaluate` returned at `threshold`; sweep: {threshold: the same}, from the cheapest
+    result: what `evaluate` returned at `threshold`. sweep: {threshold: the same}, from the cheapest
     model to the full one. Returns the meta data, which say what was run and how it did."""
     y = data.test[1].cpu().numpy()
 
@@ -591,6 +601,19 @@ def save_log(path, cfg, data, model, threshold, result, sweep, **extra):
     finally:
         part.unlink(missing_ok=True)
     return meta
+
+
+def report(meta, *paths):
+    """Print what a run amounts to."""
+    for name, r in ("full model", meta["full"]), ("as logged", meta["at_budget"]):
+        print(f"{name}: test accuracy {r['accuracy']:.4f}, loss {r['loss']:.4f} nats, MACs "
+              f"{r['budget']:.3f} of {meta['dense_macs']:,} dense")
+    for batch in (1, 256):
+        dense, skipping = (meta["wall_clock"][f"{run}_ms_batch_{batch}"]
+                           for run in ("dense", "skipping"))
+        print(f"batch of {batch}: dense twin {dense:.2f} ms, skipping {skipping:.2f} ms, "
+              f"{skipping / dense:.2f} of the time")
+    print("wrote", *paths)
 
 
 def output_path(cfg, folder, ending):
@@ -631,7 +654,8 @@ def draw_tokens(axis, x, values, most, title):
     rows, columns = grid.shape
     if x.ndim == 3:
         axis.imshow(x.transpose(1, 2, 0), extent=(-0.5, columns - 0.5, rows - 0.5, -0.5))
-    axis.imshow(grid, cmap="viridis", vmin=0, vmax=most, alpha=0.55)
+    axis.imshow(grid, cmap="viridis", vmin=0, vmax=most, alpha=0.55,
+                aspect="equal" if x.ndim == 3 else "auto")
     if x.ndim == 1:
         for i, code in enumerate(x):
             axis.text(i % columns, i // columns, chr(code).replace("\n", "\\n").replace("$", r"\$"),
@@ -646,7 +670,7 @@ def activity(model, split):
     """How often activations are above zero -> shares by example and layer (N, L), by example and
     token (N, T), and by layer and neuron (L, H)."""
     by_example, by_token, by_neuron = [], [], 0
-    for x in split[0].split(250):
+    for x in split[0].split(100):
         fired = torch.stack(model.hidden(network_input(x))[1], 1).gt(0).float()     # (B, L, T, H)
         by_example.append(fired.mean((2, 3)))
         by_token.append(fired.mean((1, 3)))
@@ -657,7 +681,8 @@ def activity(model, split):
 def draw(path, cfg, data, result, by_example, by_token, by_neuron):
     """The four views of the zeros: by layer, by neuron, by difficulty, and by token."""
     figure = Figure(figsize=(13, 7), layout="constrained")
-    axes = figure.subplot_mosaic([["layers"] * 2 + ["neurons"] * 2 + ["hard"] * 2, list(range(6))])
+    axes = figure.subplot_mosaic([["layers"] * 2 + ["neurons"] * 2 + ["hard"] * 2, list(range(6))],
+                                 height_ratios=(3, 2))
     layers = range(1, 1 + by_example.shape[1])
     axes["layers"].violinplot(list(by_example.T), layers, showmedians=True)
     axes["layers"].set(title="Density of each layer, over examples", xlabel="layer",
@@ -710,14 +735,11 @@ def main(cfg):
                     wall_clock=times, zeros=zeros)
     draw(picture, cfg, data, result, by_example, by_token, by_neuron)
 
-    print(f"test accuracy {meta['full']['accuracy']:.4f}, loss {meta['full']['loss']:.4f} nats")
     print(f"density {zeros['density']:.3f}; by layer", *(f"{d:.3f}" for d in by_example.mean(0)))
     print(f"of {zeros['neurons']} neurons {zeros['dead_neurons']} never fire, "
-          f"{zeros['always_on']} always do")
-    print(f"of {model.dense_macs} dense MACs {meta['at_budget']['budget']:.3f} ran; "
-          f"{zeros['bound']:.3f} if zeros were known beforehand")
-    print("; ".join(f"{k} {v:.2f}" for k, v in times.items()))
-    print(f"wrote {log} and {picture}")
+          f"{zeros['always_on']} always do; "
+          f"were zeros known beforehand, {zeros['bound']:.3f} of the dense MACs would do")
+    report(meta, log, picture)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,894 @@
+"""Leave when sure: a network with an answer after every block.
+
+An easy input is often clear after one block. Give every block a head of its own, and let an input
+leave at the first head that is sure enough; the rest of the network does not run for it:
+
+    exit = first l with score(head_l(x_l)) >= threshold,   the last head where there is none
+
+One number, the threshold, trades compute for quality after training. An image leaves as a whole. A
+character leaves alone: every position of a text decides for itself, from what came before it, and
+its state is copied to the layers above, where later characters may look for its key and value.
+Those are computed when they are first asked for, and charged to the character that asks.
+
+Training, `--loss`
+  sum        the mean of all heads' cross-entropies: the plain way, and the one that is hard to beat.
+  branching  the heads as one soft mixture with learned gates g_l (Scardapane et al. 2020),
+                 f_l = g_l head_l + (1 - g_l) f_(l+1),   cost_l = g_l c_l + (1 - g_l) cost_(l+1),
+             one cross-entropy on f_1, and a term that brings the expected cost_1 to the budget.
+Deciding, `--criterion`: the highest probability, the lead of the best class over the second, or
+one minus the entropy over its maximum; with branching the gate that was trained for it.
+
+`--risk 0.02` asks for a guarantee instead of a budget: the boldest threshold whose accuracy is, with
+95 % certainty, at most 2 points below that of the full model (Learn then Test, Angelopoulos et
+al. 2021, as used for text by CALM).
+
+    python early_exit.py                          # CIFAR-10; base on a GPU, small without one
+    python early_exit.py --dataset shakespeare    # characters
+    python early_exit.py --dataset shapes         # embedded data: nothing is downloaded
+
+RESULTS
+
+Papers: Teerapittayanon et al. 2016, BranchyNet; Huang et al. 2018, MSDNet (anytime and budgeted
+evaluation); Scardapane et al. 2020, Differentiable Branching; Schuster et al. 2022, CALM.
+Deviations: (1) heads are linear, on pooled tokens; (2) the sweep replaces MSDNet's geometric exit
+shares; (3) risk is bounded on accuracy, example by example, with Hoeffding's inequality, for text
+on the windows, because the characters of one window are not independent; (4) no label smoothing.
+"""
+import argparse
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import sys
+import tarfile
+import time
+import urllib.request
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import nn
+from tqdm import tqdm
+
+
+@dataclass
+class Config:
+    """Every option of the command line; the comment beside a field is its help."""
+    # === shared: options ===
+    dataset: Literal["cifar10", "shakespeare", "shapes", "pydoc"] = "cifar10"  # what to learn
+    size: Literal["", "tiny", "small", "base"] = ""  # of the network: base on a GPU, else small
+    data: str = "data"       # folder that holds the data sets, or receives the download
+    epochs: float = 0.0      # passes over the training split; 0: by data set and size
+    steps: int = 0           # stop after so many steps; 0: by epochs
+    batch: int = 0           # examples per step; 0: by size
+    lr: float = 0.0          # peak learning rate; 0: by size
+    seed: int = 0            # of weights, batches and noise
+    device: str = ""         # cpu or cuda; by default cuda where there is one
+    compile: bool = False    # torch.compile the network for training
+    # === end shared ===
+    budget: float = 0.7      # mean MACs per example to aim at, as a share of the dense twin's
+    loss: Literal["sum", "branching"] = "sum"  # how the heads are trained
+    criterion: Literal["confidence", "margin", "entropy"] = "confidence"  # when a head is sure
+    risk: float = 0.0        # accuracy that may be lost, with 95 % certainty, instead of a budget
+
+    def __post_init__(self):
+        resolve(self)
+
+
+# Shapes below: B batch, T tokens, C width, K classes or characters, L exits (one per block).
+
+
+def certainty(logits, criterion):
+    """How sure a head is, in [0, 1]: logits (..., K) -> (...)."""
+    p = logits.float().softmax(-1)
+    if criterion == "confidence":
+        return p.amax(-1)
+    if criterion == "margin":
+        best, second = p.topk(2, dim=-1).values.unbind(-1)
+        return best - second
+    return 1 - torch.special.entr(p).sum(-1) / math.log(p.shape[-1])
+
+
+def exit_weights(gate):
+    """Soft branching unrolled: gate (L - 1, ...) -> the weight (L, ...) of each exit in the mixture,
+    w_l = g_l * product of (1 - g_j) over the earlier j, the last one taking what is left."""
+    stay = torch.cat([torch.ones_like(gate[:1]), (1 - gate).cumprod(0)])             # (L, ...)
+    return stay * torch.cat([gate, torch.ones_like(gate[:1])])
+
+
+def certify(losses, risk, error=0.05):
+    """Learn then Test with a fixed sequence: losses (S, N) in [0, 1], from the safest threshold to
+    the boldest -> index of the boldest whose true mean is at most `risk`, or None. Wrong with a
+    probability of at most `error`, over the draw of the N independent examples.
+
+    Each threshold is tested in turn: were its true mean above `risk`, then by Hoeffding's inequality
+    a mean as low as the one seen would have a probability of at most exp(-2 N (risk - mean)^2). The
+    walk ends at the first that this cannot rule out; the answer is the one BEFORE it."""
+    last = None
+    for index, loss in enumerate(losses):
+        slack = max(0.0, risk - loss.mean())
+        if math.exp(-2 * len(loss) * slack ** 2) > error:
+            break
+        last = index
+    return last
+
+
+def ragged_attention(attention, x, active, past):
+    """Attention in which only the `active` tokens of a text ask: x (B, T, C), active (B, T) bool
+    -> (active.sum(), C), in the order of x[active].
+
+    Keys are computed up to the last token that asks, those of tokens that left included. Queries are
+    projected flat, then padded to the largest count in the batch, for the scores alone."""
+    asked_for = active.flip(1).cummax(1).values.flip(1)                          # (B, T)
+    key_value = x.new_zeros(*x.shape[:2], 2 * x.shape[2])
+    key_value[asked_for] = attention.key_value(x[asked_for])
+    row, position = active.nonzero(as_tuple=True)                                # (n,), (n,)
+    slot = (active.cumsum(1) - 1)[active]                                        # (n,)
+    most = int(active.sum(1).max())
+    query = x.new_zeros(len(x), most, x.shape[2])
+    query[row, slot] = attention.query(x[active])
+    allowed = past.new_ones(len(x), 1, most, x.shape[1])                         # (B, 1, Q, T)
+    allowed[row, 0, slot] = past[position, :x.shape[1]]
+    return attention.out(attention.mix(query, key_value, allowed)[row, slot])
+
+
+class Model(nn.Module):
+    """The twin with a head, and with branching a gate, after every block. They read what is pooled:
+    the mean of an image's tokens, each token of a text alone. `threshold`: leave when as sure."""
+    cheapest, full = 0.0, 1.0 + 1e-6    # everything leaves at the first head; only at the last
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.twin, self.loss, self.criterion = Twin(cfg), cfg.loss, cfg.criterion
+        self.dense_macs, self.budget = self.twin.dense_macs, cfg.budget
+        early = range(cfg.depth - 1)                              # the last head is the twin's own
+        self.norms = nn.ModuleList(nn.LayerNorm(cfg.width) for _ in early)
+        self.heads = nn.ModuleList(nn.Linear(cfg.width, cfg.classes) for _ in early)
+        if cfg.loss == "branching":
+            self.gates = nn.ModuleList(nn.Linear(cfg.width, 1) for _ in early)
+        self.exit_macs = self.twin.head_macs + (cfg.width if cfg.loss == "branching" else 0)
+        everyone = (1, cfg.tokens) if cfg.text else (1,)
+        self.leave_macs = [self.cost(torch.full(everyone, depth))[0].item()
+                           for depth in range(1, cfg.depth + 1)]
+
+    def exit(self, layer, x):
+        """Tokens (B, T, C) of images, or (n, C) of a text -> logits (B or n, K), certainty (B or n),
+        which is infinite at the last exit."""
+        if layer == len(self.heads):
+            logits = self.twin.readout(x)
+            return logits, torch.full_like(logits[..., 0], torch.inf)
+        x = self.norms[layer](x)
+        pooled = x if self.twin.text else x.mean(1)
+        logits = self.heads[layer](pooled)
+        if self.loss == "branching":
+            return logits, self.gates[layer](pooled).float().sigmoid().squeeze(-1)
+        return logits, certainty(logits, self.criterion)
+
+    def exits(self, x):
+        """x -> logits (L, B, K) or (L, B, T, K) and certainty (L, B) or (L, B, T) of all exits."""
+        answers, x = [], self.twin.embed(x)
+        for layer, block in enumerate(self.twin.blocks):
+            x = block(x)
+            answers.append(self.exit(layer, x))
+        return [torch.stack(part) for part in zip(*answers)]
+
+    def forward(self, x):
+        """x -> with branching the log probabilities of the soft mixture, and how far its expected
+        cost is from the budget, squared; else the last head's logits and 0."""
+        logits, gate = self.exits(x)
+        if self.loss == "sum":
+            return logits[-1], logits.new_zeros(())
+        weight = exit_weights(gate[:-1])                                        # (L, B) or (L, B, T)
+        log_p = weight.clamp_min(1e-9).log()[..., None] + logits.float().log_softmax(-1)
+        expected = sum(w.mean() * macs for w, macs in zip(weight, self.leave_macs))
+        return log_p.logsumexp(0), 10 * (expected / self.dense_macs - self.budget).square()
+
+    def cost(self, depth):
+        """depth (B,) or (B, T): blocks that each image or character ran, 1 to L -> macs (B,) and
+        token_macs (B, T). Every head on the way was run, whether it answered or not."""
+        twin, block, L = self.twin, self.twin.blocks[0], len(self.twin.blocks)
+        heads = depth.clamp_max(L - 1) * self.exit_macs + (depth == L) * twin.head_macs
+        if not twin.text:
+            T = twin.tokens
+            token_macs = depth * (block.attention.macs(T, T) // T + block.mlp_macs)
+            macs = twin.example_macs - twin.head_macs + T * token_macs + heads
+            return macs, token_macs[:, None].expand(-1, T)
+        T, token_macs = depth.shape[1], heads
+        position = torch.arange(T, device=depth.device).expand_as(depth)
+        for layer in range(L):
+            active = depth > layer
+            last = torch.where(active, position, -1).cummax(1).values               # asked so far
+            new_keys = (last - F.pad(last, (1, 0), value=-1)[:, :-1])               # 0 if inactive
+            token_macs = (token_macs + active * (block.attention.macs(1, T) - block.attention.macs(0, T)
+                                                 + block.mlp_macs)
+                          + new_keys * block.attention.macs(0, 1))
+        return token_macs.sum(1), token_macs
+
+    @torch.no_grad()
+    def decide(self, x, threshold):
+        """Everything is computed, and what has left keeps its answer and its state -> logits, and
+        the depth, 1 to L, at which each image (B,) or character (B, T) left."""
+        x = self.twin.embed(x)
+        active = x.new_ones(x.shape[:2 if self.twin.text else 1]).bool()        # (B,) or (B, T)
+        answer, depth = 0.0, active * 0
+        for layer, block in enumerate(self.twin.blocks):
+            depth = depth + active
+            x = torch.where(active[..., None] if self.twin.text else active[:, None, None], block(x), x)
+            logits, sure = self.exit(layer, x)
+            leave = active & (sure >= threshold)
+            answer = torch.where(leave[..., None], logits, answer)
+            active = active & ~leave
+        return answer, depth
+
+    def masked(self, x, threshold):
+        """What is meant -> logits, macs, token_macs."""
+        logits, depth = self.decide(x, threshold)
+        return logits, *self.cost(depth)
+
+    @torch.no_grad()
+    def skipping(self, x, threshold):
+        """What is run: what has left is out of the batch, and of every tensor that goes on."""
+        x = self.twin.embed(x)
+        active = x.new_ones(x.shape[:2 if self.twin.text else 1]).bool()        # (B,) or (B, T)
+        answer, depth = x.new_zeros(*active.shape, self.twin.head.out_features), active * 0
+        for layer, block in enumerate(self.twin.blocks):
+            depth += active
+            if self.twin.text:
+                still = x[active] + ragged_attention(block.attention, block.norm1(x), active, block.past)
+                still = still + block.down(block.up(block.norm2(still)).relu())     # (n, C)
+                x[active] = still
+            else:
+                x = still = block(x)                                                # (n, T, C)
+            logits, sure = self.exit(layer, still)                                  # (n, K), (n,)
+            leave, left = sure >= threshold, active.clone()
+            left[active] = leave
+            answer[left] = logits[leave]
+            active = active & ~left
+            if not self.twin.text:
+                x = x[~leave]
+            if not active.any():
+                break
+        return answer, *self.cost(depth)
+
+
+def objective(model, x, y):
+    """The training loss, and what the progress bar shows."""
+    if model.loss == "sum":
+        exits, _ = model.exits(x)                                               # (L, ..., K)
+        losses = torch.stack([cross_entropy(logits, y).mean() for logits in exits])
+        shown = dict(loss=losses[-1], accuracy=(exits[-1].argmax(-1) == y).float().mean())
+        return losses.mean(), shown
+    logits, aux_loss = model(x)
+    loss = cross_entropy(logits, y).mean()
+    return loss + aux_loss, dict(loss=loss, accuracy=(logits.argmax(-1) == y).float().mean())
+
+
+# === shared: backbone ===
+class Attention(nn.Module):
+    """Multi-head attention in parts, so that a token can be left out as query, as key, or as both.
+    Written out, because torch's fused kernel took 3 to 5 times as long at these sizes in bf16
+    training on a CPU."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.width, self.heads = width, heads
+        self.query = nn.Linear(width, width, bias=False)
+        self.key_value = nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def mix(self, query, key_value, allowed=None):
+        """query (B, Q, C) against key_value (B, T, 2 C) where allowed (..., Q, T) -> (B, Q, C)."""
+        query = query * (self.width / self.heads) ** -0.5
+        q = query.unflatten(-1, (self.heads, -1)).transpose(1, 2)               # (B, h, Q, C / h)
+        k_v = key_value.unflatten(-1, (2 * self.heads, -1)).transpose(1, 2)
+        k, v = k_v.chunk(2, dim=1)                                              # (B, h, T, C / h)
+        score = q @ k.transpose(-2, -1)                                         # (B, h, Q, T)
+        if allowed is not None:
+            score = score.masked_fill(~allowed, -torch.inf)
+        return (score.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
+
+    def forward(self, x, allowed=None):
+        """x (B, T, C) -> (B, T, C)."""
+        return self.out(self.mix(self.query(x), self.key_value(x), allowed))
+
+    def macs(self, queries, keys):
+        """query and out, scores and weighted sums over all keys; key and value of every key."""
+        C = self.width
+        return queries * (2 * C * C + 2 * keys * C) + keys * 2 * C * C
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: attention, then an MLP C -> H = 4 C -> ReLU -> C."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        C = cfg.width
+        self.norm1, self.attention = nn.LayerNorm(C), Attention(C, cfg.heads)
+        self.norm2, self.up, self.down = nn.LayerNorm(C), nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
+        self.drop = nn.Dropout(cfg.dropout)
+        past = torch.ones(cfg.tokens, cfg.tokens, dtype=torch.bool).tril()
+        self.register_buffer("past", past if cfg.text else None, persistent=False)
+        self.mlp_macs = 2 * C * 4 * C                                           # of one token
+
+    def attend(self, x):
+        """x (B, T, C) -> x plus attention; text looks at the past only."""
+        T = x.shape[1]
+        allowed = None if self.past is None else self.past[:T, :T]
+        return x + self.drop(self.attention(self.norm1(x), allowed))
+
+    def forward(self, x):
+        x = self.attend(x)
+        return x + self.drop(self.down(self.up(self.norm2(x)).relu()))
+
+
+class Neighbours(nn.Module):
+    """(B, C, h, w) plus what a depthwise 3 x 3 and a pointwise convolution make of it: few MACs."""
+
+    def __init__(self, C):
+        super().__init__()
+        self.mix = nn.Sequential(nn.Conv2d(C, C, 3, 1, 1, groups=C, bias=False), nn.BatchNorm2d(C),
+                                 nn.Conv2d(C, C, 1), nn.ReLU())
+
+    def forward(self, x):
+        return x + self.mix(x)
+
+
+class Twin(nn.Module):
+    """The static network. Images (B, 3, 32, 32): a convolutional stem makes 8 x 8 tokens of them,
+    one answer each. Text (B, T): ASCII codes are embedded, one answer per token."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.text, self.width, self.tokens = cfg.text, cfg.width, cfg.tokens
+        C, S = cfg.width, cfg.width // 2
+        self.stem = nn.Embedding(cfg.classes, C) if self.text else nn.Sequential(
+            nn.Conv2d(3, S, 3, 2, 1, bias=False), nn.BatchNorm2d(S), nn.ReLU(), Neighbours(S),
+            nn.Conv2d(S, C, 3, 2, 1, bias=False), nn.BatchNorm2d(C), nn.ReLU(), Neighbours(C))
+        self.position = nn.Parameter(0.02 * torch.randn(cfg.tokens, C))
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
+        self.norm, self.head = nn.LayerNorm(C), nn.Linear(C, cfg.classes)
+        # An example costs `example_macs` once and `token_macs(T)` for each of its T tokens.
+        self.head_macs = C * cfg.classes
+        stem_macs = (16 * 16 * (9 * 3 * S + 9 * S + S * S)          # to 16 x 16, Neighbours there
+                     + 8 * 8 * (9 * S * C + 9 * C + C * C))         # to 8 x 8, Neighbours there
+        self.example_macs = 0 if self.text else stem_macs + self.head_macs
+        self.dense_macs = self.example_macs + cfg.tokens * self.token_macs(cfg.tokens)
+
+    def token_macs(self, T):
+        """MACs of one token among T: all blocks, and the head where every token has an answer."""
+        blocks = sum(b.attention.macs(T, T) // T + b.mlp_macs for b in self.blocks)
+        return blocks + self.text * self.head_macs
+
+    def embed(self, x):
+        """x -> tokens (B, T, C)."""
+        x = self.stem(x) if self.text else self.stem(x).flatten(2).transpose(1, 2)
+        return x + self.position[:x.shape[1]]
+
+    def readout(self, x):
+        """tokens (B, T, C) -> logits (B, T, K) for text, (B, K) for images."""
+        x = self.norm(x)
+        return self.head(x if self.text else x.mean(1))
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.readout(x)
+# === end shared ===
+
+
+# === shared: data ===
+CIFAR10 = ("cifar-10-binary.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+           "md5", "c32a1d4ab5d03f1284b67883e8d87530")
+SHAKESPEARE = ("tinyshakespeare.txt", "https://raw.githubusercontent.com/karpathy/char-rnn/master/"
+               "data/tinyshakespeare/input.txt", "sha256",
+               "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
+NAMES = dict(cifar10="airplane automobile bird cat deer dog frog horse ship truck".split(),
+             shapes=[f"{s} {k}" for k in ("disc", "2 lobes", "3 lobes", "4 lobes", "5 lobes")
+                     for s in ("full", "hollow")])
+
+
+class Data(NamedTuple):
+    """Splits are pairs (x, y) of uint8 and int64 or uint8 tensors on the device: (N, 3, 32, 32) and
+    (N,), or for text (N, T) and (N, T), y one character on. A text's train is one long stream."""
+    train: tuple
+    calibration: tuple
+    test: tuple
+    difficulty: object      # float32 array (N,) of the test split where it is known, else None
+    sha256: str             # of the test split
+
+
+def fetch(folder, name, url, algorithm, checksum):
+    """Path of folder / name, downloaded first if it is missing. Refuses any other file there."""
+    path = Path(folder, name)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(name + ".part")       # so that half a file never passes for a whole
+        try:
+            with tqdm(desc=name, unit="B", unit_scale=True) as bar:
+                urllib.request.urlretrieve(url, part, lambda n, size, total: bar.update(size))
+        except OSError as e:
+            raise UserError(f"download of {url} failed ({e}); put the file at {path} by hand, or "
+                            "take embedded data: --dataset shapes (images) or pydoc (text)")
+        part.replace(path)
+    if hashlib.new(algorithm, path.read_bytes()).hexdigest() != checksum:
+        raise UserError(f"{path} is not the published file (its {algorithm} differs: truncated or "
+                        "altered); delete it and run again")
+    return path
+
+
+def read_cifar10(folder):
+    """uint8 (60000, 3073): label, then pixels; test last. From folder/cifar-10-batches-bin if it is
+    there, else straight from the archive, of which nothing but six members is ever read."""
+    names = [f"cifar-10-batches-bin/{n}.bin" for n in
+             [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]]
+    try:
+        if Path(folder, names[0]).parent.exists():
+            parts = [Path(folder, name).read_bytes() for name in names]
+        else:
+            with tarfile.open(fetch(folder, *CIFAR10)) as archive:
+                parts = [archive.extractfile(name).read() for name in names]
+    except (KeyError, AttributeError, tarfile.TarError, FileNotFoundError) as e:
+        raise UserError(f"CIFAR-10 in {folder} lacks a file ({e}); delete it and run again")
+    for name, part in zip(names, parts):
+        if len(part) != 30730000 or max(part[::3073]) > 9:
+            raise UserError(f"{name} in {folder} is truncated or altered (30,730,000 bytes, labels "
+                            "0 to 9 are expected); delete it and run again")
+    return np.frombuffer(b"".join(parts), np.uint8).reshape(-1, 3073)
+
+
+def draw_shapes(count, seed):
+    """Flowers of 0, 2, 3, 4 or 5 lobes, full or hollow: uint8 (count, 3, 32, 32), label (count,),
+    difficulty (count,) in [0, 1], which fades the shape, cuts it, and adds specks and noise.
+    In float64, so that rounding to a byte is the same on every machine."""
+    rng, chunk = np.random.default_rng(seed), 500
+    label, difficulty = rng.integers(10, size=count), rng.random(count)
+    images, (row, column) = np.empty((count, 3, 32, 32), np.uint8), np.mgrid[-1:1:32j, -1:1:32j]
+
+    def uniform(low, high, channels=1):
+        return rng.uniform(low, high, (chunk, channels, 1, 1))
+
+    for i in range(0, count, chunk):
+        d, kind = (v[i:i + chunk].reshape(-1, 1, 1, 1) for v in (difficulty, label))
+        size, lobes = uniform(0.6, 0.9), np.array([0, 2, 3, 4, 5])[kind // 2]
+        x, y = (column - uniform(-0.2, 0.2)) / size, (row - uniform(-0.2, 0.2)) / size
+        angle = np.arctan2(y, x) + uniform(0, 2 * np.pi)
+        edge = np.hypot(x, y) - 0.7 - 0.3 * np.cos(lobes * angle)                # < 0 is inside
+        shape = np.clip(0.5 - 8 * np.where(kind % 2, abs(edge) - 0.15, edge), 0, 1)
+        shape *= abs(x - uniform(-0.5, 0.5)) > 0.3 * d                           # a cut through it
+        ground, contrast = uniform(0.3, 0.7, 3), 0.6 * (1 - 0.8 * d)
+        image = ground + contrast * shape * np.sign(uniform(-1, 1, 3)) * uniform(0.5, 1, 3)
+        for _ in range(3):
+            speck = np.hypot(column - uniform(-1, 1), row - uniform(-1, 1)) < uniform(0, 0.4) * d
+            image = np.where(speck, ground + contrast * uniform(-1, 1, 3), image)
+        image += 0.15 * d * rng.standard_normal(image.shape)
+        images[i:i + chunk] = np.clip(image, 0, 1) * 255
+    return images, label, difficulty.astype(np.float32)
+
+
+def load_data(cfg):
+    """The whole of cfg.dataset on cfg.device; UserError where it cannot be had."""
+    difficulty = None
+    if cfg.text:
+        if cfg.dataset == "pydoc":
+            from pydoc_data.topics import topics
+            raw = "".join(topics[k] for k in sorted(topics)).encode("ascii", "replace")
+        else:
+            raw = fetch(cfg.data, *SHAKESPEARE).read_bytes()
+        text, most = torch.tensor(np.frombuffer(raw, np.uint8)), int(0.9 * len(raw))
+        train, *held_out = text.tensor_split([int(0.95 * most), most])
+        splits = [(train, train)]
+        for part in held_out:
+            end = (len(part) - 1) // cfg.tokens * cfg.tokens
+            splits.append((part[:end].view(-1, cfg.tokens), part[1:end + 1].view(-1, cfg.tokens)))
+    else:
+        if cfg.dataset == "shapes":
+            x, y, difficulty = draw_shapes(26000, seed=0)
+            ends, difficulty = [20000, 22000], difficulty[22000:]
+        else:
+            records = read_cifar10(cfg.data)
+            x, y, ends = records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0], [45000, 50000]
+        splits = zip(torch.tensor(x).tensor_split(ends), torch.tensor(y).long().tensor_split(ends))
+    splits = [(x.to(cfg.device), y.to(cfg.device)) for x, y in splits]
+    digest = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in splits[2])).hexdigest()
+    return Data(*splits, difficulty, digest)
+
+
+def network_input(x):
+    """Bytes as they are stored -> what a Model takes: normalised images, int64 characters."""
+    return (x.float() / 255 - 0.47) / 0.25 if x.ndim == 4 else x.long()
+
+
+def training_batches(data, cfg):
+    """Endless (x, y). An epoch shows everything once: images in random order, flipped half the time
+    and shifted by up to 4 pixels; text as windows, cut from another starting point each time."""
+    random = dict(generator=torch.Generator(cfg.device).manual_seed(cfg.seed), device=cfg.device)
+    x, y = data.train
+    while True:
+        if cfg.text:
+            start = torch.randint(cfg.tokens, (), **random)
+            window = data.train[0][start:].unfold(0, cfg.tokens + 1, cfg.tokens)     # (N, T + 1)
+            x, y = window[:, :-1], window[:, 1:]
+        order = torch.randperm(len(x), **random)
+        for index in order[:len(order) // cfg.batch * cfg.batch].view(-1, cfg.batch):
+            batch = x[index]
+            if not cfg.text:
+                row, column = torch.randint(9, (2, cfg.batch), **random)
+                flip = torch.rand(cfg.batch, 1, 1, 1, **random) < 0.5
+                padded = F.pad(batch.float(), (4, 4, 4, 4), "reflect")           # (B, 3, 40, 40)
+                crops = padded.unfold(2, 32, 1).unfold(3, 32, 1)                 # (B, 3, 9, 9, ..)
+                batch = crops[torch.arange(cfg.batch), :, row, column]           # (B, 3, 32, 32)
+                batch = torch.where(flip, batch.flip(3), batch)
+            yield network_input(batch), y[index].long()
+# === end shared ===
+
+
+# === shared: training ===
+SIZES = {  # (text, size): width, depth, heads, tokens, batch, learning rate, dropout
+    (False, "tiny"): (32, 2, 2, 64, 256, 3e-3, 0.0), (True, "tiny"): (32, 2, 2, 64, 64, 3e-3, 0.0),
+    (False, "small"): (64, 4, 4, 64, 128, 3e-3, 0.0),
+    (True, "small"): (128, 4, 4, 64, 64, 3e-3, 0.0),
+    (False, "base"): (192, 8, 6, 64, 256, 1e-3, 0.1),
+    (True, "base"): (384, 6, 6, 256, 64, 1e-3, 0.2)}
+EPOCHS = dict(cifar10=dict(tiny=1, small=11, base=100), shapes=dict(tiny=2, small=4, base=20),
+              shakespeare=dict(tiny=1, small=9, base=80), pydoc=dict(tiny=2, small=6, base=40))
+
+
+class UserError(Exception):
+    """What the person at the keyboard can mend: shown as one line, exit status 2."""
+
+
+def resolve(cfg):
+    """Check a Config, fill in what it leaves open, and add what follows from dataset and size."""
+    for f in fields(cfg):
+        choices, value = get_args(f.type), getattr(cfg, f.name)
+        if choices and value not in choices:
+            raise UserError(f"--{f.name} {value!r} is none of {', '.join(filter(None, choices))}")
+    if cfg.device not in ("", "cpu") and not torch.cuda.is_available():
+        raise UserError(f"--device {cfg.device}: torch finds no CUDA here; the CPU is the default")
+    cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cfg.size = cfg.size or ("small" if cfg.device == "cpu" else "base")
+    cfg.text = cfg.dataset in ("shakespeare", "pydoc")
+    cfg.classes = 128 if cfg.text else 10
+    cfg.width, cfg.depth, cfg.heads, cfg.tokens, batch, lr, cfg.dropout = SIZES[cfg.text, cfg.size]
+    cfg.batch, cfg.lr = cfg.batch or batch, cfg.lr or lr
+    cfg.epochs = cfg.epochs or EPOCHS[cfg.dataset][cfg.size]
+    if min(cfg.batch, cfg.lr, cfg.epochs) <= 0 or cfg.steps < 0:
+        raise UserError("--batch, --lr, --epochs and --steps must not be negative")
+
+
+def cross_entropy(logits, y):
+    """logits (..., K), y (...) -> nats (...)."""
+    loss = F.cross_entropy(logits.float().flatten(0, -2), y.flatten().long(), reduction="none")
+    return loss.view_as(y)
+
+
+def train(model, data, cfg, objective, name="train"):
+    """AdamW, warm-up, cosine, bf16 where the hardware is fast at it. objective(model, x, y) -> the
+    loss and a dict of scalars for the progress bar. Raises UserError if the loss turns NaN."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW([dict(params=decayed, weight_decay=0.05),
+                                   dict(params=plain, weight_decay=0.0)],
+                                  cfg.lr, betas=(0.9, 0.99), fused=True)
+    examples = len(data.train[0]) // cfg.tokens if cfg.text else len(data.train[0])
+    steps = cfg.steps or max(1, int(cfg.epochs * examples / cfg.batch))
+    warm_up = 1 + steps // 10
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(
+        (i + 1) / warm_up, 0.51 + 0.49 * math.cos(math.pi * (i - warm_up) / steps)))
+    bf16 = (torch.cpu._is_avx512_bf16_supported() if cfg.device == "cpu"
+            else torch.cuda.is_bf16_supported(including_emulation=False))
+    losses = torch.zeros(steps, device=cfg.device)
+    model.train()
+    began = time.perf_counter()
+    with tqdm(zip(range(steps), training_batches(data, cfg)), name, steps, unit="step") as bar:
+        for step, (x, y) in bar:
+            with torch.autocast(torch.device(cfg.device).type, torch.bfloat16, enabled=bf16):
+                loss, shown = objective(model, x, y)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            losses[step] = loss.detach()
+            if step % 20 == 19 or step == steps - 1:        # reading a number waits for the GPU
+                if not losses.isfinite().all():
+                    raise UserError("the loss is not finite from step "
+                                    f"{losses.isfinite().int().argmin()} on; try a smaller --lr")
+                speed = (step + 1) * cfg.batch / bar.format_dict["elapsed"]
+                bar.set_postfix({k: f"{v.item():.3f}" for k, v in shown.items()},
+                                speed=f"{speed:.0f}/s")
+    model.eval()
+    return time.perf_counter() - began
+# === end shared ===
+
+
+# === shared: evaluation ===
+@torch.no_grad()
+def evaluate(run, split, threshold):
+    """run (model.masked or model.skipping) over a split -> dict of arrays: loss (nats), prediction
+    (both like y), macs (N,), token_macs (N, T)."""
+    batches = []
+    for x, y in zip(split[0].split(100), split[1].split(100)):
+        logits, macs, token_macs = run(network_input(x), threshold)
+        batches.append((cross_entropy(logits, y), logits.argmax(-1), macs, token_macs.int()))
+    names = ("loss", "prediction", "macs", "token_macs")
+    return {name: torch.cat(part).cpu().numpy() for name, part in zip(names, zip(*batches))}
+
+
+def calibrate(model, split, budget=None, points=9):
+    """Thresholds chosen on the calibration split -> the one that spends `budget` (a fraction of the
+    dense MACs), and a sweep of at least `points` from the cheapest model to the full one, in which
+    always the widest gap in MACs was halved. Raises UserError if the budget is out of reach."""
+    spent = {}                                              # threshold -> share of the dense MACs
+
+    def halve(pairs):
+        low, high = max(pairs, key=lambda pair: abs(spent[pair[0]] - spent[pair[1]]))
+        probe((low + high) / 2)
+
+    def probe(threshold):
+        macs = evaluate(model.masked, split, threshold)["macs"]
+        spent[threshold] = macs.mean() / model.dense_macs
+        bar.update()
+
+    with tqdm(desc="calibrate", unit="pass") as bar:
+        probe(model.cheapest)
+        probe(model.full)
+        low, high = spent.values()
+        if budget is not None and not low <= budget <= high:
+            raise UserError(f"--budget {budget} is out of reach: this network can spend {low:.3f} "
+                            f"to {high:.3f} of the dense MACs")
+        while len(spent) < points:
+            halve(list(zip(sorted(spent), sorted(spent)[1:])))
+        sweep, best = sorted(spent, key=spent.get), None
+        for _ in range(20 if budget is not None else 0):
+            best = min(spent, key=lambda t: abs(spent[t] - budget))
+            if abs(spent[best] - budget) < 0.002:
+                break
+            halve([(max((t for t in spent if spent[t] <= budget), key=spent.get),
+                    min((t for t in spent if spent[t] >= budget), key=spent.get))])
+    return best, sweep
+
+
+def wall_clock(model, x, threshold, cfg):
+    """Median milliseconds of the dense twin and of `skipping`, float32, batches of 1 and of 256, by
+    turns on the same inputs after a warm-up."""
+    twin, medians = Twin(cfg).to(cfg.device).eval(), {}
+    wait = torch.cuda.synchronize if cfg.device != "cpu" else lambda: None
+    runs = dict(dense=twin, skipping=lambda x: model.skipping(x, threshold))
+    for size, repeats in (1, 100), (256, 20):
+        batches, seconds = x[:size * repeats].split(size), {name: [] for name in runs}
+        for i in range(5 + repeats):
+            inputs = network_input(batches[i % len(batches)])
+            for name, run in runs.items():
+                wait()
+                start = time.perf_counter()
+                with torch.no_grad():
+                    run(inputs)
+                wait()
+                seconds[name].append(time.perf_counter() - start)
+        for name in runs:
+            medians[f"{name}_ms_batch_{size}"] = 1000 * float(np.median(seconds[name][5:]))
+    return medians
+# === end shared ===
+
+
+# === shared: log and command line ===
+def save_log(path, cfg, data, model, threshold, result, sweep, **extra):
+    """Write the per-example log (README: "The log") to `path`, whole or not at all.
+
+    result: what `evaluate` returned at `threshold`. sweep: {threshold: the same}, from the cheapest
+    model to the full one. Returns the meta data, which say what was run and how it did."""
+    y = data.test[1].cpu().numpy()
+
+    def quality(r):
+        return dict(accuracy=float((r["prediction"] == y).mean()), loss=float(r["loss"].mean()),
+                    budget=float(r["macs"].mean() / model.dense_macs))
+
+    meta = dict(
+        schema=1, method=Path(__file__).stem, dataset=cfg.dataset, size=cfg.size, seed=cfg.seed,
+        config=asdict(cfg), test_sha256=data.sha256, dense_macs=model.dense_macs,
+        parameters=sum(p.numel() for p in model.parameters()), threshold=threshold,
+        budget_wanted=getattr(cfg, "budget", None), at_budget=quality(result),
+        full=quality(sweep[max(sweep, key=lambda t: sweep[t]["macs"].mean())]), **extra,
+        torch=torch.__version__, device=torch.cuda.get_device_name() if cfg.device != "cpu" else
+        f"CPU, {torch.get_num_threads()} threads", date=time.strftime("%Y-%m-%d"),
+        script_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
+    swept = {key: np.stack([r[key].reshape(len(y), -1).mean(1, dtype=r[key].dtype)
+                            for r in sweep.values()]) for key in ("macs", "loss")}
+    correct = [(r["prediction"] == y).reshape(len(y), -1).mean(1) for r in sweep.values()]
+    arrays = dict(
+        result, example=np.arange(len(y)), label=y.astype(np.int64), meta=json.dumps(meta),
+        sweep_threshold=np.array(list(sweep)), sweep_macs=swept["macs"], sweep_loss=swept["loss"],
+        sweep_correct=np.array(correct, np.float32))
+    if data.difficulty is not None:
+        arrays["difficulty"] = data.difficulty
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            np.savez_compressed(file, **arrays)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return meta
+
+
+def report(meta, *paths):
+    """Print what a run amounts to."""
+    for name, r in ("full model", meta["full"]), ("as logged", meta["at_budget"]):
+        print(f"{name}: test accuracy {r['accuracy']:.4f}, loss {r['loss']:.4f} nats, MACs "
+              f"{r['budget']:.3f} of {meta['dense_macs']:,} dense")
+    for batch in (1, 256):
+        dense, skipping = (meta["wall_clock"][f"{run}_ms_batch_{batch}"]
+                           for run in ("dense", "skipping"))
+        print(f"batch of {batch}: dense twin {dense:.2f} ms, skipping {skipping:.2f} ms, "
+              f"{skipping / dense:.2f} of the time")
+    print("wrote", *paths)
+
+
+def output_path(cfg, folder, ending):
+    """<folder>/<dataset>-<size>/<script>-s<seed><ending>, its folder made."""
+    path = Path(folder, f"{cfg.dataset}-{cfg.size}", f"{Path(__file__).stem}-s{cfg.seed}{ending}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+def command_line(main):
+    """Run main on the Config that sys.argv asks for; a UserError is one line, exit status 2."""
+    parser = OneLineParser(description=__doc__,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(Config), re.M))
+    for f in fields(Config):
+        choices = get_args(f.type)
+        kind = dict(action="store_true") if f.type is bool else dict(
+            default=f.default, choices=choices or None, type=type(f.default))
+        parser.add_argument("--" + f.name.replace("_", "-"), help=comments[f.name], **kind)
+    try:
+        main(Config(**vars(parser.parse_args())))
+    except (UserError, OSError) as e:
+        parser.exit(2, f"{parser.prog}: {e}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: stopped; nothing half-written is left\n")
+# === end shared ===
+
+
+# === shared: pictures ===
+def draw_tokens(axis, x, values, most, title):
+    """One example x (3, 32, 32) or (T,), its values per token (T,), 0 to most, laid over it."""
+    grid = values.reshape(8, 8) if x.ndim == 3 else values.reshape(-1, 16)
+    rows, columns = grid.shape
+    if x.ndim == 3:
+        axis.imshow(x.transpose(1, 2, 0), extent=(-0.5, columns - 0.5, rows - 0.5, -0.5))
+    axis.imshow(grid, cmap="viridis", vmin=0, vmax=most, alpha=0.55,
+                aspect="equal" if x.ndim == 3 else "auto")
+    if x.ndim == 1:
+        for i, code in enumerate(x):
+            axis.text(i % columns, i // columns, chr(code).replace("\n", "\\n").replace("$", r"\$"),
+                      ha="center", va="center", family="monospace", fontsize=7)
+    axis.set_title(title, fontsize=8)
+    axis.axis("off")
+# === end shared ===
+
+
+@torch.no_grad()
+def every_exit(model, split):
+    """All heads on everything, no one leaving -> correct and loss, (L, N) or (L, N, T)."""
+    correct, loss = [], []
+    for x, y in zip(split[0].split(100), split[1].split(100)):
+        exits = model.exits(network_input(x))[0]
+        correct.append(exits.argmax(-1) == y)
+        loss.append(torch.stack([cross_entropy(logits, y) for logits in exits]))
+    return torch.cat(correct, 1).cpu().numpy(), torch.cat(loss, 1).cpu().numpy()
+
+
+def certified_threshold(model, split, risk):
+    """The boldest threshold, of a grid fixed beforehand, whose loss of accuracy is certified, or None.
+    An example loses where the full model is right and the early answer is not (text: that share)."""
+    y = split[1].cpu().numpy()
+    grid = [model.full, *np.linspace(1, 0, 101)]
+    right = evaluate(model.masked, split, model.full)["prediction"] == y
+
+    def losses():
+        for threshold in tqdm(grid, "certify"):
+            wrong = evaluate(model.masked, split, threshold)["prediction"] != y
+            yield (right & wrong).reshape(len(y), -1).mean(1)
+
+    index = certify(losses(), risk)
+    return None if index is None else grid[index]
+
+
+def draw(path, cfg, data, model, result, depth, sweep, correct, loss):
+    """Quality against MACs; who leaves where; who leaves first and who last."""
+    figure, y = Figure(figsize=(13, 8), layout="constrained"), data.test[1].cpu().numpy()
+    top, bottom = figure.subfigures(2, 1, height_ratios=(3, 2))
+    curve, exits = top.subplots(1, 2)
+    quality = "loss" if cfg.text else "accuracy"
+    alone = np.array(model.leave_macs) - np.arange(cfg.depth) * model.exit_macs
+    each = (loss if cfg.text else correct).reshape(cfg.depth, -1).mean(1)
+    curve.plot(alone / model.dense_macs, each, "s-", label="the same exit for all")
+    curve.plot([r["macs"].mean() / model.dense_macs for r in sweep.values()],
+               [(r["loss"] if cfg.text else r["prediction"] == y).mean() for r in sweep.values()],
+               "o-", label="each leaves when sure")
+    for path_of_log in Path(path.parents[2], "logs", path.parent.name).glob("relu_sparsity-s*.npz"):
+        static = json.loads(str(np.load(path_of_log)["meta"]))["full"][quality]
+        curve.plot(1, static, "k*", label=f"static twin, {path_of_log.stem.split('-')[-1]}")
+    curve.set(xlabel="MACs / dense MACs", ylabel=quality, title="Quality against compute")
+    curve.legend()
+    right = result["prediction"] == y
+    exits.hist([depth[right], depth[~right]], np.arange(0.5, cfg.depth + 1), stacked=True,
+               label=["right", "wrong"])
+    exits.set(title=f"Who leaves where, at {result['macs'].mean() / model.dense_macs:.2f} of the dense"
+              " MACs", xlabel="exit", ylabel="characters" if cfg.text else "images")
+    exits.legend()
+
+    order = np.argsort(result["loss"].reshape(len(y), -1).mean(1), kind="stable")
+    order = order[np.argsort(result["macs"][order], kind="stable")]     # ties in MACs: by loss
+    for row, ranked in zip(bottom.subplots(2, 3 if cfg.text else 10), (order, order[::-1])):
+        for column, axis in enumerate(row):
+            i = ranked[column] if cfg.text else ranked[y[ranked] == column][0]
+            draw_tokens(axis, data.test[0][i].cpu().numpy(), np.broadcast_to(depth[i], cfg.tokens), cfg.depth,
+                        f"{'' if cfg.text else NAMES[cfg.dataset][column]} "
+                        f"{result['macs'][i] / model.dense_macs:.2f}")
+    figure.savefig(path, dpi=120)
+
+
+def main(cfg):
+    """Train, calibrate the threshold, let examples leave, log what each of them cost."""
+    log, picture = output_path(cfg, "logs", ".npz"), output_path(cfg, "figures", ".png")
+    print(f"{cfg.dataset}, size {cfg.size}, on {cfg.device}, seed {cfg.seed}")
+    torch.manual_seed(cfg.seed)
+    data = load_data(cfg)
+    model = Model(cfg).to(cfg.device)
+    floor = model.leave_macs[0] / model.dense_macs
+    if not floor <= cfg.budget <= 1:
+        raise UserError(f"--budget {cfg.budget} cannot be: the first exit costs {floor:.3f}, all is 1")
+    if cfg.compile:
+        model.compile()
+    seconds = train(model, data, cfg, objective)
+
+    threshold, thresholds = calibrate(model, data.calibration, cfg.budget)
+    if cfg.risk:
+        threshold = certified_threshold(model, data.calibration, cfg.risk)
+        print(f"a loss of {cfg.risk} cannot be certified with {len(data.calibration[0])} examples: "
+              "nobody leaves early" if threshold is None else
+              f"threshold {threshold:.2f} loses at most {cfg.risk} of accuracy, with 95 % certainty")
+        threshold = model.full if threshold is None else threshold
+    result = evaluate(model.skipping, data.test, threshold)
+    sweep = {t: evaluate(model.masked, data.test, t) for t in tqdm(thresholds, "sweep")}
+    depth = torch.cat([model.decide(network_input(x), threshold)[1] for x in data.test[0].split(100)])
+    correct, loss = every_exit(model, data.test)
+    times = wall_clock(model, data.test[0], threshold, cfg)
+    first = np.where(correct.any(0), correct.argmax(0), cfg.depth - 1)      # right head, or the last
+    exits = dict(macs=model.leave_macs, accuracy=correct.reshape(cfg.depth, -1).mean(1).tolist(),
+                 loss=loss.reshape(cfg.depth, -1).mean(1).tolist(),
+                 left=torch.bincount(depth.flatten(), minlength=cfg.depth + 1)[1:].tolist(),
+                 overthinking=float((correct[:-1].any(0) & ~correct[-1]).mean()),
+                 oracle_accuracy=float(correct.any(0).mean()),
+                 oracle_budget=float(np.array(model.leave_macs)[first].mean() / model.dense_macs))
+    meta = save_log(log, cfg, data, model, threshold, result, sweep, train_seconds=seconds,
+                    wall_clock=times, exits=exits)
+    draw(picture, cfg, data, model, result, depth.cpu().numpy(), sweep, correct, loss)
+
+    for number in range(cfg.depth):
+        print(f"exit {number + 1}: {exits['macs'][number] / model.dense_macs:.3f} of the dense MACs, "
+              f"accuracy {exits['accuracy'][number]:.4f}, loss {exits['loss'][number]:.4f}; "
+              f"{exits['left'][number] / depth.numel():.3f} leave here")
+    print(f"overthinking: on {exits['overthinking']:.4f} an earlier head is right and the last wrong; "
+          f"leaving at the first right head would reach {exits['oracle_accuracy']:.4f} at "
+          f"{exits['oracle_budget']:.3f} (a bound: it needs the label)")
+    report(meta, log, picture)
+
+
+if __name__ == "__main__":
+    command_line(main)
