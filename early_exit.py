@@ -11,16 +11,16 @@ its state is copied to the layers above, where later characters may look for its
 Those are computed when they are first asked for, and charged to the character that asks.
 
 Training, `--loss`
-  sum        the mean of all heads' cross-entropies: the plain way, and the one that is hard to beat.
+  sum        the mean of all heads' cross-entropies: the plain way, and hard to beat.
   branching  the heads as one soft mixture with learned gates g_l (Scardapane et al. 2020),
                  f_l = g_l head_l + (1 - g_l) f_(l+1),   cost_l = g_l c_l + (1 - g_l) cost_(l+1),
              one cross-entropy on f_1, and a term that brings the expected cost_1 to the budget.
 Deciding, `--criterion`: the highest probability, the lead of the best class over the second, or
 one minus the entropy over its maximum; with branching the gate that was trained for it.
 
-`--risk 0.02` asks for a guarantee instead of a budget: the boldest threshold whose accuracy is, with
-95 % certainty, at most 2 points below that of the full model (Learn then Test, Angelopoulos et
-al. 2021, as used for text by CALM).
+`--risk 0.02` asks for a guarantee instead of a budget: the boldest threshold whose accuracy is,
+with 95 % certainty, at most 2 points below that of the full model (Learn then Test, Angelopoulos
+et al. 2021, as CALM uses it).
 
     python early_exit.py                          # CIFAR-10; base on a GPU, small without one
     python early_exit.py --dataset shakespeare    # characters
@@ -64,13 +64,14 @@ class Config:
     dataset: Literal["cifar10", "shakespeare", "shapes", "pydoc"] = "cifar10"  # what to learn
     size: Literal["", "tiny", "small", "base"] = ""  # of the network: base on a GPU, else small
     data: str = "data"       # folder that holds the data sets, or receives the download
+    out: str = "."           # folder that receives logs/ and figures/
     epochs: float = 0.0      # passes over the training split; 0: by data set and size
     steps: int = 0           # stop after so many steps; 0: by epochs
     batch: int = 0           # examples per step; 0: by size
     lr: float = 0.0          # peak learning rate; 0: by size
     seed: int = 0            # of weights, batches and noise
-    device: str = ""         # cpu or cuda; by default cuda where there is one
-    compile: bool = False    # torch.compile the network for training
+    device: Literal["", "cpu", "cuda"] = ""  # by default cuda where there is one
+    compile: bool = False    # torch.compile the training step
     # === end shared ===
     budget: float = 0.7      # mean MACs per example to aim at, as a share of the dense twin's
     loss: Literal["sum", "branching"] = "sum"  # how the heads are trained
@@ -96,8 +97,8 @@ def certainty(logits, criterion):
 
 
 def exit_weights(gate):
-    """Soft branching unrolled: gate (L - 1, ...) -> the weight (L, ...) of each exit in the mixture,
-    w_l = g_l * product of (1 - g_j) over the earlier j, the last one taking what is left."""
+    """Soft branching unrolled: gate (L - 1, ...) -> weight (L, ...) of each exit in the mixture,
+    w_l = g_l * product of (1 - g_j) over the earlier j; the last takes what is left."""
     stay = torch.cat([torch.ones_like(gate[:1]), (1 - gate).cumprod(0)])             # (L, ...)
     return stay * torch.cat([gate, torch.ones_like(gate[:1])])
 
@@ -107,9 +108,9 @@ def certify(losses, risk, error=0.05):
     the boldest -> index of the boldest whose true mean is at most `risk`, or None. Wrong with a
     probability of at most `error`, over the draw of the N independent examples.
 
-    Each threshold is tested in turn: were its true mean above `risk`, then by Hoeffding's inequality
-    a mean as low as the one seen would have a probability of at most exp(-2 N (risk - mean)^2). The
-    walk ends at the first that this cannot rule out; the answer is the one BEFORE it."""
+    Each threshold is tested in turn: were its true mean above `risk`, then a mean as low as the one
+    seen would have a probability of at most exp(-2 N (risk - mean)^2), by Hoeffding's inequality.
+    The walk ends at the first that this cannot rule out; the answer is the one BEFORE it."""
     last = None
     for index, loss in enumerate(losses):
         slack = max(0.0, risk - loss.mean())
@@ -123,8 +124,8 @@ def ragged_attention(attention, x, active, past):
     """Attention in which only the `active` tokens of a text ask: x (B, T, C), active (B, T) bool
     -> (active.sum(), C), in the order of x[active].
 
-    Keys are computed up to the last token that asks, those of tokens that left included. Queries are
-    projected flat, then padded to the largest count in the batch, for the scores alone."""
+    Keys are computed up to the last token that asks, those of tokens that left included. Queries
+    are projected flat, and padded to the largest count in the batch for the scores alone."""
     asked_for = active.flip(1).cummax(1).values.flip(1)                          # (B, T)
     key_value = x.new_zeros(*x.shape[:2], 2 * x.shape[2])
     key_value[asked_for] = attention.key_value(x[asked_for])
@@ -158,8 +159,8 @@ class Model(nn.Module):
                            for depth in range(1, cfg.depth + 1)]
 
     def exit(self, layer, x):
-        """Tokens (B, T, C) of images, or (n, C) of a text -> logits (B or n, K), certainty (B or n),
-        which is infinite at the last exit."""
+        """Tokens (B, T, C) of images, (..., C) of a text -> logits (B or ..., K), and certainty
+        (B or ...), which is infinite at the last exit."""
         if layer == len(self.heads):
             logits = self.twin.readout(x)
             return logits, torch.full_like(logits[..., 0], torch.inf)
@@ -184,7 +185,7 @@ class Model(nn.Module):
         logits, gate = self.exits(x)
         if self.loss == "sum":
             return logits[-1], logits.new_zeros(())
-        weight = exit_weights(gate[:-1])                                        # (L, B) or (L, B, T)
+        weight = exit_weights(gate[:-1])                                # (L, B) or (L, B, T)
         log_p = weight.clamp_min(1e-9).log()[..., None] + logits.float().log_softmax(-1)
         expected = sum(w.mean() * macs for w, macs in zip(weight, self.leave_macs))
         return log_p.logsumexp(0), 10 * (expected / self.dense_macs - self.budget).square()
@@ -205,8 +206,8 @@ class Model(nn.Module):
             active = depth > layer
             last = torch.where(active, position, -1).cummax(1).values               # asked so far
             new_keys = (last - F.pad(last, (1, 0), value=-1)[:, :-1])               # 0 if inactive
-            token_macs = (token_macs + active * (block.attention.macs(1, T) - block.attention.macs(0, T)
-                                                 + block.mlp_macs)
+            asking = block.attention.macs(1, T) - block.attention.macs(0, T)        # one query
+            token_macs = (token_macs + active * (asking + block.mlp_macs)
                           + new_keys * block.attention.macs(0, 1))
         return token_macs.sum(1), token_macs
 
@@ -219,7 +220,8 @@ class Model(nn.Module):
         answer, depth = 0.0, active * 0
         for layer, block in enumerate(self.twin.blocks):
             depth = depth + active
-            x = torch.where(active[..., None] if self.twin.text else active[:, None, None], block(x), x)
+            runs = active[..., None] if self.twin.text else active[:, None, None]
+            x = torch.where(runs, block(x), x)
             logits, sure = self.exit(layer, x)
             leave = active & (sure >= threshold)
             answer = torch.where(leave[..., None], logits, answer)
@@ -240,8 +242,9 @@ class Model(nn.Module):
         for layer, block in enumerate(self.twin.blocks):
             depth += active
             if self.twin.text:
-                still = x[active] + ragged_attention(block.attention, block.norm1(x), active, block.past)
-                still = still + block.down(block.up(block.norm2(still)).relu())     # (n, C)
+                heard = ragged_attention(block.attention, block.norm1(x), active, block.past)
+                still = x[active] + heard                                           # (n, C)
+                still = still + block.down(block.up(block.norm2(still)).relu())
                 x[active] = still
             else:
                 x = still = block(x)                                                # (n, T, C)
@@ -353,6 +356,9 @@ class Twin(nn.Module):
         self.position = nn.Parameter(0.02 * torch.randn(cfg.tokens, C))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.norm, self.head = nn.LayerNorm(C), nn.Linear(C, cfg.classes)
+        if self.text:                      # one matrix reads characters and writes them
+            self.head.weight = self.stem.weight
+            nn.init.normal_(self.stem.weight, std=0.02)
         # An example costs `example_macs` once and `token_macs(T)` for each of its T tokens.
         self.head_macs = C * cfg.classes
         stem_macs = (16 * 16 * (9 * 3 * S + 9 * S + S * S)          # to 16 x 16, Neighbours there
@@ -550,8 +556,8 @@ def resolve(cfg):
         choices, value = get_args(f.type), getattr(cfg, f.name)
         if choices and value not in choices:
             raise UserError(f"--{f.name} {value!r} is none of {', '.join(filter(None, choices))}")
-    if cfg.device not in ("", "cpu") and not torch.cuda.is_available():
-        raise UserError(f"--device {cfg.device}: torch finds no CUDA here; the CPU is the default")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA here; leave it out to use the CPU")
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cfg.size = cfg.size or ("small" if cfg.device == "cpu" else "base")
     cfg.text = cfg.dataset in ("shakespeare", "pydoc")
@@ -578,18 +584,22 @@ def train(model, data, cfg, objective, name="train"):
                                    dict(params=plain, weight_decay=0.0)],
                                   cfg.lr, betas=(0.9, 0.99), fused=True)
     examples = len(data.train[0]) // cfg.tokens if cfg.text else len(data.train[0])
+    if examples < cfg.batch:
+        raise UserError(f"--batch {cfg.batch} is more than the {examples} training examples")
     steps = cfg.steps or max(1, int(cfg.epochs * examples / cfg.batch))
     warm_up = 1 + steps // 10
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(
-        (i + 1) / warm_up, 0.51 + 0.49 * math.cos(math.pi * (i - warm_up) / steps)))
+        (i + 1) / warm_up,
+        0.51 + 0.49 * math.cos(math.pi * (i - warm_up) / max(1, steps - warm_up))))
     bf16 = (torch.cpu._is_avx512_bf16_supported() if cfg.device == "cpu"
             else torch.cuda.is_bf16_supported(including_emulation=False))
     losses = torch.zeros(steps, device=cfg.device)
+    objective = torch.compile(objective) if cfg.compile else objective
     model.train()
     began = time.perf_counter()
     with tqdm(zip(range(steps), training_batches(data, cfg)), name, steps, unit="step") as bar:
         for step, (x, y) in bar:
-            with torch.autocast(torch.device(cfg.device).type, torch.bfloat16, enabled=bf16):
+            with torch.autocast(cfg.device, torch.bfloat16, enabled=bf16):
                 loss, shown = objective(model, x, y)
             optimizer.zero_grad()
             loss.backward()
@@ -733,8 +743,9 @@ def report(meta, *paths):
 
 
 def output_path(cfg, folder, ending):
-    """<folder>/<dataset>-<size>/<script>-s<seed><ending>, its folder made."""
-    path = Path(folder, f"{cfg.dataset}-{cfg.size}", f"{Path(__file__).stem}-s{cfg.seed}{ending}")
+    """<out>/<folder>/<dataset>-<size>/<script>-s<seed><ending>, its folder made."""
+    name = f"{Path(__file__).stem}-s{cfg.seed}{ending}"
+    path = Path(cfg.out, folder, f"{cfg.dataset}-{cfg.size}", name)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -753,7 +764,8 @@ def command_line(main):
         choices = get_args(f.type)
         kind = dict(action="store_true") if f.type is bool else dict(
             default=f.default, choices=choices or None, type=type(f.default))
-        parser.add_argument("--" + f.name.replace("_", "-"), help=comments[f.name], **kind)
+        parser.add_argument("--" + f.name.replace("_", "-"), **kind,
+                            help=comments[f.name].replace("%", "%%"))
     try:
         main(Config(**vars(parser.parse_args())))
     except (UserError, OSError) as e:
@@ -793,10 +805,10 @@ def every_exit(model, split):
 
 
 def certified_threshold(model, split, risk):
-    """The boldest threshold, of a grid fixed beforehand, whose loss of accuracy is certified, or None.
-    An example loses where the full model is right and the early answer is not (text: that share)."""
+    """The boldest threshold of a grid whose loss of accuracy is certified, or None. An example
+    loses where the full model is right and the early answer wrong (text: the window's share)."""
     y = split[1].cpu().numpy()
-    grid = [model.full, *np.linspace(1, 0, 101)]
+    grid = [model.full, *np.linspace(1, 0, 101)]            # fixed before any data were seen
     right = evaluate(model.masked, split, model.full)["prediction"] == y
 
     def losses():
@@ -820,16 +832,17 @@ def draw(path, cfg, data, model, result, depth, sweep, correct, loss):
     curve.plot([r["macs"].mean() / model.dense_macs for r in sweep.values()],
                [(r["loss"] if cfg.text else r["prediction"] == y).mean() for r in sweep.values()],
                "o-", label="each leaves when sure")
-    for path_of_log in Path(path.parents[2], "logs", path.parent.name).glob("relu_sparsity-s*.npz"):
-        static = json.loads(str(np.load(path_of_log)["meta"]))["full"][quality]
-        curve.plot(1, static, "k*", label=f"static twin, {path_of_log.stem.split('-')[-1]}")
+    for twin in Path(cfg.out, "logs", path.parent.name).glob("relu_sparsity-s*.npz"):
+        static = json.loads(str(np.load(twin)["meta"]))["full"][quality]
+        curve.plot(1, static, "k*", label=f"static twin, {twin.stem[-2:]}")
     curve.set(xlabel="MACs / dense MACs", ylabel=quality, title="Quality against compute")
     curve.legend()
     right = result["prediction"] == y
     exits.hist([depth[right], depth[~right]], np.arange(0.5, cfg.depth + 1), stacked=True,
                label=["right", "wrong"])
-    exits.set(title=f"Who leaves where, at {result['macs'].mean() / model.dense_macs:.2f} of the dense"
-              " MACs", xlabel="exit", ylabel="characters" if cfg.text else "images")
+    spent = result["macs"] / model.dense_macs
+    exits.set(title=f"Who leaves where, at {spent.mean():.2f} of the dense MACs", xlabel="exit",
+              ylabel="characters" if cfg.text else "images", xticks=range(1, cfg.depth + 1))
     exits.legend()
 
     order = np.argsort(result["loss"].reshape(len(y), -1).mean(1), kind="stable")
@@ -837,9 +850,9 @@ def draw(path, cfg, data, model, result, depth, sweep, correct, loss):
     for row, ranked in zip(bottom.subplots(2, 3 if cfg.text else 10), (order, order[::-1])):
         for column, axis in enumerate(row):
             i = ranked[column] if cfg.text else ranked[y[ranked] == column][0]
-            draw_tokens(axis, data.test[0][i].cpu().numpy(), np.broadcast_to(depth[i], cfg.tokens), cfg.depth,
-                        f"{'' if cfg.text else NAMES[cfg.dataset][column]} "
-                        f"{result['macs'][i] / model.dense_macs:.2f}")
+            name = "" if cfg.text else NAMES[cfg.dataset][column]
+            draw_tokens(axis, data.test[0][i].cpu().numpy(), np.broadcast_to(depth[i], cfg.tokens),
+                        cfg.depth, f"{name} {spent[i]:.2f}")
     figure.savefig(path, dpi=120)
 
 
@@ -852,9 +865,7 @@ def main(cfg):
     model = Model(cfg).to(cfg.device)
     floor = model.leave_macs[0] / model.dense_macs
     if not floor <= cfg.budget <= 1:
-        raise UserError(f"--budget {cfg.budget} cannot be: the first exit costs {floor:.3f}, all is 1")
-    if cfg.compile:
-        model.compile()
+        raise UserError(f"--budget {cfg.budget} cannot be: the first exit costs {floor:.3f}")
     seconds = train(model, data, cfg, objective)
 
     threshold, thresholds = calibrate(model, data.calibration, cfg.budget)
@@ -862,14 +873,15 @@ def main(cfg):
         threshold = certified_threshold(model, data.calibration, cfg.risk)
         print(f"a loss of {cfg.risk} cannot be certified with {len(data.calibration[0])} examples: "
               "nobody leaves early" if threshold is None else
-              f"threshold {threshold:.2f} loses at most {cfg.risk} of accuracy, with 95 % certainty")
+              f"threshold {threshold:.2f} loses at most {cfg.risk} (95 % certain)")
         threshold = model.full if threshold is None else threshold
     result = evaluate(model.skipping, data.test, threshold)
     sweep = {t: evaluate(model.masked, data.test, t) for t in tqdm(thresholds, "sweep")}
-    depth = torch.cat([model.decide(network_input(x), threshold)[1] for x in data.test[0].split(100)])
+    depth = torch.cat([model.decide(network_input(x), threshold)[1]
+                       for x in data.test[0].split(100)])
     correct, loss = every_exit(model, data.test)
     times = wall_clock(model, data.test[0], threshold, cfg)
-    first = np.where(correct.any(0), correct.argmax(0), cfg.depth - 1)      # right head, or the last
+    first = np.where(correct.any(0), correct.argmax(0), cfg.depth - 1)  # right head, or the last
     exits = dict(macs=model.leave_macs, accuracy=correct.reshape(cfg.depth, -1).mean(1).tolist(),
                  loss=loss.reshape(cfg.depth, -1).mean(1).tolist(),
                  left=torch.bincount(depth.flatten(), minlength=cfg.depth + 1)[1:].tolist(),
@@ -881,12 +893,12 @@ def main(cfg):
     draw(picture, cfg, data, model, result, depth.cpu().numpy(), sweep, correct, loss)
 
     for number in range(cfg.depth):
-        print(f"exit {number + 1}: {exits['macs'][number] / model.dense_macs:.3f} of the dense MACs, "
-              f"accuracy {exits['accuracy'][number]:.4f}, loss {exits['loss'][number]:.4f}; "
+        print(f"exit {number + 1}: MACs {exits['macs'][number] / model.dense_macs:.3f}, accuracy "
+              f"{exits['accuracy'][number]:.4f}, loss {exits['loss'][number]:.4f}; "
               f"{exits['left'][number] / depth.numel():.3f} leave here")
-    print(f"overthinking: on {exits['overthinking']:.4f} an earlier head is right and the last wrong; "
-          f"leaving at the first right head would reach {exits['oracle_accuracy']:.4f} at "
-          f"{exits['oracle_budget']:.3f} (a bound: it needs the label)")
+    print(f"overthinking: {exits['overthinking']:.4f} right earlier, wrong at the last; leaving at "
+          f"the first right head: {exits['oracle_accuracy']:.4f} at {exits['oracle_budget']:.3f} "
+          "of the dense MACs (a bound: it needs the label)")
     report(meta, log, picture)
 
 

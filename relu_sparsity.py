@@ -59,13 +59,14 @@ class Config:
     dataset: Literal["cifar10", "shakespeare", "shapes", "pydoc"] = "cifar10"  # what to learn
     size: Literal["", "tiny", "small", "base"] = ""  # of the network: base on a GPU, else small
     data: str = "data"       # folder that holds the data sets, or receives the download
+    out: str = "."           # folder that receives logs/ and figures/
     epochs: float = 0.0      # passes over the training split; 0: by data set and size
     steps: int = 0           # stop after so many steps; 0: by epochs
     batch: int = 0           # examples per step; 0: by size
     lr: float = 0.0          # peak learning rate; 0: by size
     seed: int = 0            # of weights, batches and noise
-    device: str = ""         # cpu or cuda; by default cuda where there is one
-    compile: bool = False    # torch.compile the network for training
+    device: Literal["", "cpu", "cuda"] = ""  # by default cuda where there is one
+    compile: bool = False    # torch.compile the training step
     # === end shared ===
     sparsity_weight: float = 0.0  # weight of the square Hoyer penalty on the hidden activations
 
@@ -237,6 +238,9 @@ class Twin(nn.Module):
         self.position = nn.Parameter(0.02 * torch.randn(cfg.tokens, C))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.norm, self.head = nn.LayerNorm(C), nn.Linear(C, cfg.classes)
+        if self.text:                      # one matrix reads characters and writes them
+            self.head.weight = self.stem.weight
+            nn.init.normal_(self.stem.weight, std=0.02)
         # An example costs `example_macs` once and `token_macs(T)` for each of its T tokens.
         self.head_macs = C * cfg.classes
         stem_macs = (16 * 16 * (9 * 3 * S + 9 * S + S * S)          # to 16 x 16, Neighbours there
@@ -434,8 +438,8 @@ def resolve(cfg):
         choices, value = get_args(f.type), getattr(cfg, f.name)
         if choices and value not in choices:
             raise UserError(f"--{f.name} {value!r} is none of {', '.join(filter(None, choices))}")
-    if cfg.device not in ("", "cpu") and not torch.cuda.is_available():
-        raise UserError(f"--device {cfg.device}: torch finds no CUDA here; the CPU is the default")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA here; leave it out to use the CPU")
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cfg.size = cfg.size or ("small" if cfg.device == "cpu" else "base")
     cfg.text = cfg.dataset in ("shakespeare", "pydoc")
@@ -462,18 +466,22 @@ def train(model, data, cfg, objective, name="train"):
                                    dict(params=plain, weight_decay=0.0)],
                                   cfg.lr, betas=(0.9, 0.99), fused=True)
     examples = len(data.train[0]) // cfg.tokens if cfg.text else len(data.train[0])
+    if examples < cfg.batch:
+        raise UserError(f"--batch {cfg.batch} is more than the {examples} training examples")
     steps = cfg.steps or max(1, int(cfg.epochs * examples / cfg.batch))
     warm_up = 1 + steps // 10
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(
-        (i + 1) / warm_up, 0.51 + 0.49 * math.cos(math.pi * (i - warm_up) / steps)))
+        (i + 1) / warm_up,
+        0.51 + 0.49 * math.cos(math.pi * (i - warm_up) / max(1, steps - warm_up))))
     bf16 = (torch.cpu._is_avx512_bf16_supported() if cfg.device == "cpu"
             else torch.cuda.is_bf16_supported(including_emulation=False))
     losses = torch.zeros(steps, device=cfg.device)
+    objective = torch.compile(objective) if cfg.compile else objective
     model.train()
     began = time.perf_counter()
     with tqdm(zip(range(steps), training_batches(data, cfg)), name, steps, unit="step") as bar:
         for step, (x, y) in bar:
-            with torch.autocast(torch.device(cfg.device).type, torch.bfloat16, enabled=bf16):
+            with torch.autocast(cfg.device, torch.bfloat16, enabled=bf16):
                 loss, shown = objective(model, x, y)
             optimizer.zero_grad()
             loss.backward()
@@ -617,8 +625,9 @@ def report(meta, *paths):
 
 
 def output_path(cfg, folder, ending):
-    """<folder>/<dataset>-<size>/<script>-s<seed><ending>, its folder made."""
-    path = Path(folder, f"{cfg.dataset}-{cfg.size}", f"{Path(__file__).stem}-s{cfg.seed}{ending}")
+    """<out>/<folder>/<dataset>-<size>/<script>-s<seed><ending>, its folder made."""
+    name = f"{Path(__file__).stem}-s{cfg.seed}{ending}"
+    path = Path(cfg.out, folder, f"{cfg.dataset}-{cfg.size}", name)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -637,7 +646,8 @@ def command_line(main):
         choices = get_args(f.type)
         kind = dict(action="store_true") if f.type is bool else dict(
             default=f.default, choices=choices or None, type=type(f.default))
-        parser.add_argument("--" + f.name.replace("_", "-"), help=comments[f.name], **kind)
+        parser.add_argument("--" + f.name.replace("_", "-"), **kind,
+                            help=comments[f.name].replace("%", "%%"))
     try:
         main(Config(**vars(parser.parse_args())))
     except (UserError, OSError) as e:
@@ -717,8 +727,6 @@ def main(cfg):
     torch.manual_seed(cfg.seed)
     data = load_data(cfg)
     model = Model(cfg).to(cfg.device)
-    if cfg.compile:
-        model.compile()
     seconds = train(model, data, cfg, objective)
 
     threshold, (_, thresholds) = 0.0, calibrate(model, data.calibration)    # exact zeros: no budget

@@ -27,7 +27,8 @@ def measure(name, dataset, size):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="small", choices=("tiny", "small", "base"))
     parser.add_argument("--log-folder", help="print what the logs in this folder measured instead")
     args = parser.parse_args()
@@ -41,8 +42,8 @@ def main():
     else:
         rows = ((n, d, *measure(n, d, args.size)) for n in NAMES for d in ("shapes", "pydoc"))
     for name, dataset, macs, ms in rows:
-        columns = [f"{ms[f'dense_ms_batch_{b}']:.2f} | {ms[f'skipping_ms_batch_{b}'] / ms[f'dense_ms_batch_{b}']:.2f}"
-                   for b in (1, 256)]
+        pairs = [(ms[f"dense_ms_batch_{b}"], ms[f"skipping_ms_batch_{b}"]) for b in (1, 256)]
+        columns = [f"{dense:.2f} | {skipping / dense:.2f}" for dense, skipping in pairs]
         print(f"| {name} | {dataset} | {macs:.3f} | {' | '.join(columns)} |", flush=True)
 
 

@@ -132,7 +132,8 @@ def test_shakespeare_splits(tmp_path, monkeypatch):
     for _ in range(10):                                     # windows of the training part, one on
         x, y = next(batches)
         assert x.shape == y.shape == (64, 64) and x.dtype == y.dtype == torch.int64
-        assert bytes(x[0].to(torch.uint8).numpy()) + bytes(y[0, -1:].to(torch.uint8).numpy()) in text[:17100]
+        window = torch.cat([x[0], y[0, -1:]]).to(torch.uint8)
+        assert bytes(window.numpy()) in text[:17100] and torch.equal(x[0, 1:], y[0, :-1])
 
 
 def test_pydoc_is_there_on_every_python():

@@ -69,8 +69,10 @@ def test_activity_is_what_a_loop_counts():
         hook.remove()
     for layer, fired in enumerate(captured):                               # (5, T, H)
         for example in range(5):
-            assert by_example[example, layer] == pytest.approx(fired[example].double().mean().item(), abs=1e-6)
-        assert by_neuron[layer, 3] == pytest.approx(fired[:, :, 3].double().mean().item(), abs=1e-6)
+            share = fired[example].double().mean().item()
+            assert by_example[example, layer] == pytest.approx(share, abs=1e-6)
+        share = fired[:, :, 3].double().mean().item()
+        assert by_neuron[layer, 3] == pytest.approx(share, abs=1e-6)
     tokens = torch.stack(captured).double().mean((0, 3))
     assert np.allclose(by_token, tokens, atol=1e-6)
 

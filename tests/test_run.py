@@ -23,8 +23,8 @@ def finished(request, run, tmp_path_factory):
     if request.param not in folders:
         name, dataset = request.param
         folder = tmp_path_factory.mktemp(name)
-        status, printed, errors = run(name, "--dataset", dataset, *OPTIONS, "--steps", "30", "--seed", "7",
-                                      cwd=folder)
+        status, printed, errors = run(name, "--dataset", dataset, *OPTIONS, "--steps", "30",
+                                      "--seed", "7", cwd=folder)
         assert status == 0, errors[-2000:]
         folders[request.param] = name, dataset, folder, printed
     return folders[request.param]
@@ -65,10 +65,12 @@ def test_the_log_follows_the_schema(finished):
     assert meta["at_budget"]["loss"] == pytest.approx(log["loss"].mean(), abs=1e-5)
     assert meta["at_budget"]["budget"] == pytest.approx(log["macs"].mean() / meta["dense_macs"])
     sweep = log["sweep_macs"].mean(1)
-    assert (np.diff(sweep) >= 0).all()                                     # cheapest to full
+    assert (np.diff(sweep) >= -0.001 * meta["dense_macs"]).all()           # cheapest to full
+    assert sweep[0] < 0.9 * sweep[-1]
     assert meta["full"]["accuracy"] == pytest.approx(log["sweep_correct"][-1].mean(), abs=1e-5)
     assert np.ptp(log["macs"]) > 0 and (log["token_macs"].sum(1) <= log["macs"]).all()
-    assert set(meta["wall_clock"]) == {f"{k}_ms_batch_{b}" for k in ("dense", "skipping") for b in (1, 256)}
+    assert set(meta["wall_clock"]) == {f"{k}_ms_batch_{b}" for k in ("dense", "skipping")
+                                       for b in (1, 256)}
     if meta["budget_wanted"] is not None:
         assert abs(meta["at_budget"]["budget"] - meta["budget_wanted"]) < 0.03
 
@@ -86,7 +88,8 @@ def test_the_picture_is_there(finished):
 def test_the_same_seed_gives_the_same_log(name, run, tmp_path):
     logs = []
     for seed in ("3", "3", "4"):
-        assert run(name, "--dataset", "pydoc", *OPTIONS, "--steps", "10", "--seed", seed, cwd=tmp_path)[0] == 0
+        options = ("--dataset", "pydoc", *OPTIONS, "--steps", "10", "--seed", seed)
+        assert run(name, *options, cwd=tmp_path)[0] == 0
         with np.load(tmp_path / f"logs/pydoc-tiny/{name}-s{seed}.npz") as log:
             logs.append({key: log[key] for key in log.files if key != "meta"})
     for key, first in logs[0].items():
@@ -128,6 +131,7 @@ ERRORS = [
     (["--nonsense"], "unrecognized arguments"),
     (["--steps", "many"], "invalid int value"),
     (["--lr", "-1"], "must not be negative"),
+    (["--dataset", "pydoc", "--batch", "99999"], "more than the"),
     (["--device", "cuda"], "no CUDA"),
     (["--dataset", "shakespeare", "--data", "empty"], "--dataset shapes"),
     (["--dataset", "shakespeare", "--data", "broken"], "not the published file"),
@@ -158,7 +162,8 @@ def test_bad_input_is_one_line(name, options, message, run, tmp_path, monkeypatc
 def test_stopping_with_ctrl_c(tmp_path):
     """In a process of its own: exit status 130, one line, no file left."""
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / f"{NAMES[0]}.py"), "--dataset", "pydoc", *OPTIONS, "--epochs", "1000"],
+        [sys.executable, str(ROOT / f"{NAMES[0]}.py"), "--dataset", "pydoc", *OPTIONS,
+         "--epochs", "1000"],
         cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while "step" not in process.stderr.readline():
         pass
