@@ -538,7 +538,7 @@ def calibrate(model, split, budget=None, points=9):
                             f"to {high:.3f} of the dense MACs")
         while len(spent) < points:
             halve(list(zip(sorted(spent), sorted(spent)[1:])))
-        sweep, best = sorted(spent, key=spent.get), None
+        sweep, best = sorted(spent, reverse=model.cheapest > model.full), None
         for _ in range(20 if budget is not None else 0):
             best = min(spent, key=lambda t: abs(spent[t] - budget))
             if abs(spent[best] - budget) < 0.002:
@@ -588,7 +588,7 @@ def save_log(path, cfg, data, model, threshold, result, sweep, **extra):
         config=asdict(cfg), test_sha256=data.sha256, dense_macs=model.dense_macs,
         parameters=sum(p.numel() for p in model.parameters()), threshold=threshold,
         budget_wanted=getattr(cfg, "budget", None), at_budget=quality(result),
-        full=quality(sweep[max(sweep, key=lambda t: sweep[t]["macs"].mean())]), **extra,
+        full=quality(list(sweep.values())[-1]), **extra,
         torch=torch.__version__, device=torch.cuda.get_device_name() if cfg.device != "cpu" else
         f"CPU, {torch.get_num_threads()} threads", date=time.strftime("%Y-%m-%d"),
         script_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest())

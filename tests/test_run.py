@@ -66,7 +66,7 @@ def test_the_log_follows_the_schema(finished):
     assert meta["at_budget"]["budget"] == pytest.approx(log["macs"].mean() / meta["dense_macs"])
     sweep = log["sweep_macs"].mean(1)
     assert (np.diff(sweep) >= -0.001 * meta["dense_macs"]).all()           # cheapest to full
-    assert sweep[0] < 0.9 * sweep[-1]
+    assert sweep[0] < 0.9 * sweep[-1] and log["sweep_threshold"][-1] == scripts[name].Model.full
     assert meta["full"]["accuracy"] == pytest.approx(log["sweep_correct"][-1].mean(), abs=1e-5)
     assert np.ptp(log["macs"]) > 0 and (log["token_macs"].sum(1) <= log["macs"]).all()
     assert set(meta["wall_clock"]) == {f"{k}_ms_batch_{b}" for k in ("dense", "skipping")
