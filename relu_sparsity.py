@@ -32,11 +32,11 @@ Szatkowski et al. 2024 (D2DMoE) for the Hoyer penalty, divided here by H to lie 
 import argparse
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
 import re
-import sys
 import tarfile
 import time
 import urllib.request
@@ -78,8 +78,8 @@ class Config:
 
 
 def hoyer(h):
-    """Square Hoyer measure |h|_1^2 / (H |h|_2^2) of every row of h (..., H), averaged: the share of
-    neurons that matter. 1 where all are equal, 1 / H where one does everything."""
+    """Square Hoyer measure |h|_1^2 / (H |h|_2^2) of every row of h (..., H) >= 0, averaged: the
+    share of neurons that matter. 1 where all are equal, 1 / H where one does everything."""
     h = h.float()
     return (h.sum(-1).square() / (h.shape[-1] * h.square().sum(-1) + 1e-9)).mean()
 
@@ -97,7 +97,7 @@ def sparse_product(h, weight):
 class Model(nn.Module):
     """The static twin, its MLPs run in three ways. A neuron counts where h_j > threshold: 0 is the
     trained network exactly, and from there upwards it is more and more of an approximation."""
-    cheapest, full = 10.0, 0.0     # thresholds: above every activation, and below none that fired
+    cheapest, full = 10.0, 0.0     # thresholds that hardly any activation exceeds, and any does
 
     def __init__(self, cfg):
         super().__init__()
@@ -111,15 +111,16 @@ class Model(nn.Module):
         for block in self.twin.blocks:
             x = block.attend(x)
             h = block.up(block.norm2(x)).relu()
-            layers.append(h * (h > threshold) if threshold else h)
+            layers.append(h * (h > threshold) if threshold else h)      # training never thresholds
             x = x + block.drop(block.down(layers[-1]))
         return self.twin.readout(x), layers
 
     def forward(self, x):
         """x -> logits (B, K) or (B, T, K), and the weighted penalty (scalar)."""
         logits, layers = self.hidden(x)
-        penalty = self.sparsity_weight and sum(hoyer(h) for h in layers) / len(layers)
-        return logits, self.sparsity_weight * penalty
+        if not self.sparsity_weight:
+            return logits, 0.0
+        return logits, self.sparsity_weight * sum(hoyer(h) for h in layers) / len(layers)
 
     @torch.no_grad()
     def masked(self, x, threshold):
@@ -334,7 +335,7 @@ def read_cifar10(folder):
 def draw_shapes(count, seed):
     """Flowers of 0, 2, 3, 4 or 5 lobes, full or hollow: uint8 (count, 3, 32, 32), label (count,),
     difficulty (count,) in [0, 1], which fades the shape, cuts it, and adds specks and noise.
-    In float64, so that rounding to a byte is the same on every machine."""
+    In float64, so that a last bit that differs between machines hardly ever changes a byte."""
     rng, chunk = np.random.default_rng(seed), 500
     label, difficulty = rng.integers(10, size=count), rng.random(count)
     images, (row, column) = np.empty((count, 3, 32, 32), np.uint8), np.mgrid[-1:1:32j, -1:1:32j]
@@ -394,8 +395,9 @@ def network_input(x):
 
 
 def training_batches(data, cfg):
-    """Endless (x, y). An epoch shows everything once: images in random order, flipped half the time
-    and shifted by up to 4 pixels; text as windows, cut from another starting point each time."""
+    """Endless (x, y). An epoch shows everything once, but for an incomplete last batch: images in
+    random order, flipped half the time and shifted by up to 4 pixels; text as windows, cut from
+    another starting point each time."""
     random = dict(generator=torch.Generator(cfg.device).manual_seed(cfg.seed), device=cfg.device)
     x, y = data.train
     while True:
@@ -411,7 +413,7 @@ def training_batches(data, cfg):
                 flip = torch.rand(cfg.batch, 1, 1, 1, **random) < 0.5
                 padded = F.pad(batch.float(), (4, 4, 4, 4), "reflect")           # (B, 3, 40, 40)
                 crops = padded.unfold(2, 32, 1).unfold(3, 32, 1)                 # (B, 3, 9, 9, ..)
-                batch = crops[torch.arange(cfg.batch), :, row, column]           # (B, 3, 32, 32)
+                batch = crops[torch.arange(cfg.batch), :, row, column]           # one crop of 81
                 batch = torch.where(flip, batch.flip(3), batch)
             yield network_input(batch), y[index].long()
 # === end shared ===
@@ -447,8 +449,10 @@ def resolve(cfg):
     cfg.width, cfg.depth, cfg.heads, cfg.tokens, batch, lr, cfg.dropout = SIZES[cfg.text, cfg.size]
     cfg.batch, cfg.lr = cfg.batch or batch, cfg.lr or lr
     cfg.epochs = cfg.epochs or EPOCHS[cfg.dataset][cfg.size]
-    if min(cfg.batch, cfg.lr, cfg.epochs) <= 0 or cfg.steps < 0:
-        raise UserError("--batch, --lr, --epochs and --steps must not be negative")
+    if min(cfg.batch, cfg.lr, cfg.epochs) <= 0 or min(cfg.steps, cfg.seed) < 0:
+        raise UserError("--batch, --lr, --epochs, --steps and --seed must not be negative")
+    if not max(cfg.lr, cfg.epochs, cfg.seed, cfg.steps) < 2 ** 31:
+        raise UserError("--lr, --epochs, --steps and --seed must be finite, and less than 2 ** 31")
 
 
 def cross_entropy(logits, y):
@@ -465,7 +469,7 @@ def train(model, data, cfg, objective, name="train"):
     optimizer = torch.optim.AdamW([dict(params=decayed, weight_decay=0.05),
                                    dict(params=plain, weight_decay=0.0)],
                                   cfg.lr, betas=(0.9, 0.99), fused=True)
-    examples = len(data.train[0]) // cfg.tokens if cfg.text else len(data.train[0])
+    examples = len(data.train[0]) // cfg.tokens - 1 if cfg.text else len(data.train[0])
     if examples < cfg.batch:
         raise UserError(f"--batch {cfg.batch} is more than the {examples} training examples")
     steps = cfg.steps or max(1, int(cfg.epochs * examples / cfg.batch))
@@ -473,8 +477,8 @@ def train(model, data, cfg, objective, name="train"):
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(
         (i + 1) / warm_up,
         0.51 + 0.49 * math.cos(math.pi * (i - warm_up) / max(1, steps - warm_up))))
-    bf16 = (torch.cpu._is_avx512_bf16_supported() if cfg.device == "cpu"
-            else torch.cuda.is_bf16_supported(including_emulation=False))
+    bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if cfg.device == "cuda"
+            else getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
     losses = torch.zeros(steps, device=cfg.device)
     objective = torch.compile(objective) if cfg.compile else objective
     model.train()
@@ -493,7 +497,7 @@ def train(model, data, cfg, objective, name="train"):
                 if not losses.isfinite().all():
                     raise UserError("the loss is not finite from step "
                                     f"{losses.isfinite().int().argmin()} on; try a smaller --lr")
-                speed = (step + 1) * cfg.batch / bar.format_dict["elapsed"]
+                speed = (step + 1) * cfg.batch / (time.perf_counter() - began)
                 bar.set_postfix({k: f"{v.item():.3f}" for k, v in shown.items()},
                                 speed=f"{speed:.0f}/s")
     model.eval()
@@ -520,9 +524,8 @@ def calibrate(model, split, budget=None, points=9):
     always the widest gap in MACs was halved. Raises UserError if the budget is out of reach."""
     spent = {}                                              # threshold -> share of the dense MACs
 
-    def halve(pairs):
-        low, high = max(pairs, key=lambda pair: abs(spent[pair[0]] - spent[pair[1]]))
-        probe((low + high) / 2)
+    def in_order():
+        return sorted(spent, reverse=model.cheapest > model.full)
 
     def probe(threshold):
         macs = evaluate(model.masked, split, threshold)["macs"]
@@ -536,15 +539,20 @@ def calibrate(model, split, budget=None, points=9):
         if budget is not None and not low <= budget <= high:
             raise UserError(f"--budget {budget} is out of reach: this network can spend {low:.3f} "
                             f"to {high:.3f} of the dense MACs")
-        while len(spent) < points:
-            halve(list(zip(sorted(spent), sorted(spent)[1:])))
-        sweep, best = sorted(spent, reverse=model.cheapest > model.full), None
-        for _ in range(20 if budget is not None else 0):
+        while len(spent) < points:                          # the sweep: where the jump is largest
+            steps = itertools.pairwise(in_order())
+            low, high = max(steps, key=lambda pair: abs(spent[pair[1]] - spent[pair[0]]))
+            probe((low + high) / 2)
+        sweep, best = in_order(), None
+        for _ in range(25 if budget is not None else 0):    # the budget: bisection
             best = min(spent, key=lambda t: abs(spent[t] - budget))
             if abs(spent[best] - budget) < 0.002:
                 break
-            halve([(max((t for t in spent if spent[t] <= budget), key=spent.get),
-                    min((t for t in spent if spent[t] >= budget), key=spent.get))])
+            low, high = next(pair for pair in itertools.pairwise(in_order())
+                             if spent[pair[1]] >= budget)
+            probe((low + high) / 2)
+    if budget is not None and abs(spent[best] - budget) > 0.02:
+        print(f"no threshold spends {budget}: the nearest spends {spent[best]:.3f}")
     return best, sweep
 
 
@@ -555,9 +563,9 @@ def wall_clock(model, x, threshold, cfg):
     wait = torch.cuda.synchronize if cfg.device != "cpu" else lambda: None
     runs = dict(dense=twin, skipping=lambda x: model.skipping(x, threshold))
     for size, repeats in (1, 100), (256, 20):
-        batches, seconds = x[:size * repeats].split(size), {name: [] for name in runs}
+        seconds = {name: [] for name in runs}
         for i in range(5 + repeats):
-            inputs = network_input(batches[i % len(batches)])
+            inputs = network_input(x[torch.arange(i * size, (i + 1) * size) % len(x)])
             for name, run in runs.items():
                 wait()
                 start = time.perf_counter()
@@ -572,11 +580,11 @@ def wall_clock(model, x, threshold, cfg):
 
 
 # === shared: log and command line ===
-def save_log(path, cfg, data, model, threshold, result, sweep, **extra):
+def save_log(path, cfg, data, model, budget, threshold, result, sweep, **extra):
     """Write the per-example log (README: "The log") to `path`, whole or not at all.
 
-    result: what `evaluate` returned at `threshold`. sweep: {threshold: the same}, from the cheapest
-    model to the full one. Returns the meta data, which say what was run and how it did."""
+    budget: what was asked for, or None. result: what `evaluate` returned at `threshold`. sweep:
+    {threshold: the same}, from the cheapest model to the full one. Returns the meta data."""
     y = data.test[1].cpu().numpy()
 
     def quality(r):
@@ -587,17 +595,17 @@ def save_log(path, cfg, data, model, threshold, result, sweep, **extra):
         schema=1, method=Path(__file__).stem, dataset=cfg.dataset, size=cfg.size, seed=cfg.seed,
         config=asdict(cfg), test_sha256=data.sha256, dense_macs=model.dense_macs,
         parameters=sum(p.numel() for p in model.parameters()), threshold=threshold,
-        budget_wanted=getattr(cfg, "budget", None), at_budget=quality(result),
+        budget_wanted=budget, at_budget=quality(result),
         full=quality(list(sweep.values())[-1]), **extra,
         torch=torch.__version__, device=torch.cuda.get_device_name() if cfg.device != "cpu" else
         f"CPU, {torch.get_num_threads()} threads", date=time.strftime("%Y-%m-%d"),
         script_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
-    swept = {key: np.stack([r[key].reshape(len(y), -1).mean(1, dtype=r[key].dtype)
-                            for r in sweep.values()]) for key in ("macs", "loss")}
+    loss = [r["loss"].reshape(len(y), -1).mean(1) for r in sweep.values()]
     correct = [(r["prediction"] == y).reshape(len(y), -1).mean(1) for r in sweep.values()]
     arrays = dict(
         result, example=np.arange(len(y)), label=y.astype(np.int64), meta=json.dumps(meta),
-        sweep_threshold=np.array(list(sweep)), sweep_macs=swept["macs"], sweep_loss=swept["loss"],
+        sweep_threshold=np.array(list(sweep)), sweep_loss=np.array(loss, np.float32),
+        sweep_macs=np.array([r["macs"] for r in sweep.values()]),
         sweep_correct=np.array(correct, np.float32))
     if data.difficulty is not None:
         arrays["difficulty"] = data.difficulty
@@ -632,15 +640,13 @@ def output_path(cfg, folder, ending):
     return path
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
-
-
 def command_line(main):
     """Run main on the Config that sys.argv asks for; a UserError is one line, exit status 2."""
-    parser = OneLineParser(description=__doc__,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    torch.backends.cudnn.allow_tf32 = False     # evaluation is float32, on a GPU as well
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(
+        2, f"{parser.prog}: {message} (--help lists the options)\n")
     comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(Config), re.M))
     for f in fields(Config):
         choices = get_args(f.type)
@@ -653,7 +659,7 @@ def command_line(main):
     except (UserError, OSError) as e:
         parser.exit(2, f"{parser.prog}: {e}\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: stopped; nothing half-written is left\n")
+        parser.exit(130, f"{parser.prog}: stopped; no log was touched\n")
 # === end shared ===
 
 
@@ -739,7 +745,7 @@ def main(cfg):
                  always_on=int((by_neuron > 1 - 1e-6).sum()),
                  bound=float(1 - 2 * zero_macs / model.dense_macs))
     times = wall_clock(model, data.test[0], threshold, cfg)
-    meta = save_log(log, cfg, data, model, threshold, result, sweep, train_seconds=seconds,
+    meta = save_log(log, cfg, data, model, None, threshold, result, sweep, train_seconds=seconds,
                     wall_clock=times, zeros=zeros)
     draw(picture, cfg, data, result, by_example, by_token, by_neuron)
 

@@ -56,7 +56,7 @@ def test_everything_leaves_at_the_first_head_at_zero(dataset, expected):
     """Exactly stem + first block + one head."""
     model, x = build(script, dataset, "small"), inputs(dataset, count=3)
     _, macs, _ = model.skipping(x, 0.0)
-    assert macs.tolist() == [expected] * 3 == [model.leave_macs[0]] * 3
+    assert macs.tolist() == [expected] * 3 == [model.macs_leaving_at[0]] * 3
     if dataset == "shapes":
         first = model.heads[0](model.norms[0](model.twin.blocks[0](model.twin.embed(x))).mean(1))
         assert torch.allclose(model.skipping(x, 0.0)[0], first, atol=1e-4)
@@ -69,10 +69,10 @@ def spread_exits(model, x):
     for layer, head in enumerate(model.heads):
         x = model.twin.blocks[layer](x)
         if model.loss == "branching":
-            model.gates[layer].bias -= torch.logit(model.exit(layer, x)[1]).quantile(2 / 3)
+            model.gates[layer].bias -= torch.logit(model.answer_at(layer, x)[1]).quantile(2 / 3)
             continue
         for _ in range(60):
-            factor = 1.15 if model.exit(layer, x)[1].quantile(2 / 3) < 0.5 else 1 / 1.1
+            factor = 1.15 if model.answer_at(layer, x)[1].quantile(2 / 3) < 0.5 else 1 / 1.1
             head.weight *= factor
             head.bias *= factor
 
@@ -90,12 +90,12 @@ def test_leaving_at_every_depth_in_one_batch(dataset, loss):
     assert torch.allclose(skipped, logits, atol=1e-9)
     assert torch.equal(macs, model.cost(depth)[0]) and torch.equal(token_macs, model.cost(depth)[1])
     if dataset == "shapes":                  # images: the exit's own logits, and its price
-        exits = model.exits(x)[0]
+        exits = model.all_answers(x)[0]
         chosen = exits[depth - 1, torch.arange(64)]
         assert torch.allclose(skipped, chosen, atol=1e-9)
-        assert macs.tolist() == [model.leave_macs[d - 1] for d in depth]
+        assert macs.tolist() == [model.macs_leaving_at[d - 1] for d in depth]
     else:                                    # the first character's exit depends on nothing else
-        assert (depth[:, 0] == 1 + (model.exits(x)[1][:, :, 0] >= 0.5).int().argmax(0)).all()
+        assert (depth[:, 0] == 1 + (model.all_answers(x)[1][:, :, 0] >= 0.5).int().argmax(0)).all()
 
 
 def test_keys_are_charged_to_the_character_that_asks():
@@ -158,6 +158,7 @@ def test_certified_threshold_on_a_model():
     cfg = script.Config(dataset="shapes", size="tiny", device="cpu", steps=60, batch=64)
     data, model = script.load_data(cfg), script.Model(cfg)
     script.train(model, data, cfg, script.objective)
-    assert script.certified_threshold(model, [part[:50] for part in data.calibration], 0.02) is None
+    with pytest.raises(script.UserError, match="too few"):
+        script.certified_threshold(model, [part[:50] for part in data.calibration], 0.02)
     few = [part[:300] for part in data.calibration]
     assert script.certified_threshold(model, few, 0.95) == 0.0                  # anything goes

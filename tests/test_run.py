@@ -71,8 +71,9 @@ def test_the_log_follows_the_schema(finished):
     assert np.ptp(log["macs"]) > 0 and (log["token_macs"].sum(1) <= log["macs"]).all()
     assert set(meta["wall_clock"]) == {f"{k}_ms_batch_{b}" for k in ("dense", "skipping")
                                        for b in (1, 256)}
-    if meta["budget_wanted"] is not None:
-        assert abs(meta["at_budget"]["budget"] - meta["budget_wanted"]) < 0.03
+    if meta["budget_wanted"] is not None:   # the two parts of pydoc are about different topics
+        missed = abs(meta["at_budget"]["budget"] - meta["budget_wanted"])
+        assert missed < (0.1 if text else 0.02)
 
 
 def test_the_picture_is_there(finished):
@@ -131,6 +132,8 @@ ERRORS = [
     (["--nonsense"], "unrecognized arguments"),
     (["--steps", "many"], "invalid int value"),
     (["--lr", "-1"], "must not be negative"),
+    (["--epochs", "inf"], "must be finite"),
+    (["--seed", "99999999999999999999"], "less than 2 ** 31"),
     (["--dataset", "pydoc", "--batch", "99999"], "more than the"),
     (["--device", "cuda"], "no CUDA"),
     (["--dataset", "shakespeare", "--data", "empty"], "--dataset shapes"),
@@ -166,7 +169,7 @@ def test_stopping_with_ctrl_c(tmp_path):
          "--epochs", "1000"],
         cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while "step" not in process.stderr.readline():
-        pass
+        assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors and "stopped" in errors
