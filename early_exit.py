@@ -11,7 +11,7 @@ its state is copied to the layers above, where later characters may look for its
 Those are computed when they are first asked for, and charged to the character that asks.
 
 Training, `--loss`
-  sum        the mean of all heads' cross-entropies: the plain way, and hard to beat.
+  sum        the heads' cross-entropies, weighted by depth: the plain way, and hard to beat.
   branching  the heads as one soft mixture with learned gates g_l (Scardapane et al. 2020),
                  f_l = g_l softmax(head_l) + (1 - g_l) f_(l+1),
                  cost_l = g_l c_l + (1 - g_l) cost_(l+1),
@@ -270,7 +270,8 @@ def objective(model, x, y):
         exits, _ = model.all_answers(x)                                               # (L, ..., K)
         losses = torch.stack([cross_entropy(logits, y).mean() for logits in exits])
         shown = dict(loss=losses[-1], accuracy=(exits[-1].argmax(-1) == y).float().mean())
-        return losses.mean(), shown
+        weight = torch.arange(1, len(losses) + 1, device=losses.device)         # by depth
+        return (weight * losses).sum() / weight.sum(), shown
     logits, aux_loss = model(x)
     loss = cross_entropy(logits, y).mean()
     return loss + aux_loss, dict(loss=loss, accuracy=(logits.argmax(-1) == y).float().mean())
@@ -664,15 +665,17 @@ def calibrate(model, split, budget=None, points=9):
             steps = itertools.pairwise(in_order())
             low, high = max(steps, key=lambda pair: abs(spent[pair[1]] - spent[pair[0]]))
             probe((low + high) / 2)
-        sweep, best = in_order(), None
-        for _ in range(25 if budget is not None else 0):    # the budget: bisection
-            best = min(spent, key=lambda t: abs(spent[t] - budget))
-            if abs(spent[best] - budget) < 0.002:
+        sweep = in_order()
+        if budget is None:
+            return None, sweep
+        for _ in range(25):                                 # the budget: bisection
+            if min(abs(share - budget) for share in spent.values()) < 0.002:
                 break
             low, high = next(pair for pair in itertools.pairwise(in_order())
                              if spent[pair[1]] >= budget)
             probe((low + high) / 2)
-    if budget is not None and abs(spent[best] - budget) > 0.02:
+    best = min(spent, key=lambda threshold: abs(spent[threshold] - budget))
+    if abs(spent[best] - budget) > 0.02:
         print(f"no threshold spends {budget}: the nearest spends {spent[best]:.3f}")
     return best, sweep
 

@@ -543,15 +543,17 @@ def calibrate(model, split, budget=None, points=9):
             steps = itertools.pairwise(in_order())
             low, high = max(steps, key=lambda pair: abs(spent[pair[1]] - spent[pair[0]]))
             probe((low + high) / 2)
-        sweep, best = in_order(), None
-        for _ in range(25 if budget is not None else 0):    # the budget: bisection
-            best = min(spent, key=lambda t: abs(spent[t] - budget))
-            if abs(spent[best] - budget) < 0.002:
+        sweep = in_order()
+        if budget is None:
+            return None, sweep
+        for _ in range(25):                                 # the budget: bisection
+            if min(abs(share - budget) for share in spent.values()) < 0.002:
                 break
             low, high = next(pair for pair in itertools.pairwise(in_order())
                              if spent[pair[1]] >= budget)
             probe((low + high) / 2)
-    if budget is not None and abs(spent[best] - budget) > 0.02:
+    best = min(spent, key=lambda threshold: abs(spent[threshold] - budget))
+    if abs(spent[best] - budget) > 0.02:
         print(f"no threshold spends {budget}: the nearest spends {spent[best]:.3f}")
     return best, sweep
 
@@ -695,7 +697,8 @@ def activity(model, split):
 
 
 def draw(path, cfg, data, result, by_example, by_token, by_neuron):
-    """The four views of the zeros: by layer, by neuron, by difficulty, and by token."""
+    """Four views of the zeros: by layer, by neuron, by difficulty, and, for the examples with the
+    fewest and the most active neurons, by token."""
     figure = Figure(figsize=(13, 7), layout="constrained")
     axes = figure.subplot_mosaic([["layers"] * 2 + ["neurons"] * 2 + ["hard"] * 2, list(range(6))],
                                  height_ratios=(3, 2))
@@ -722,7 +725,7 @@ def draw(path, cfg, data, result, by_example, by_token, by_neuron):
     for axis, i in enumerate([*order[:3], *order[-3:]]):
         name = "" if data.test[1].ndim > 1 else NAMES[cfg.dataset][data.test[1][i]]
         draw_tokens(axes[axis], data.test[0][i].cpu().numpy(), by_token[i], by_token.max(),
-                    f"{'fewest' if axis < 3 else 'most'}: density {density[i]:.3f} {name}")
+                    f"{name} {'fewest' if axis < 3 else 'most'}: {density[i]:.3f}")
     figure.savefig(path, dpi=120)
 
 
