@@ -27,7 +27,11 @@ et al. 2021, as CALM uses it).
     python early_exit.py --dataset shakespeare    # characters
     python early_exit.py --dataset shapes         # embedded data: nothing is downloaded
 
-RESULTS
+Measured with --size small, seed 0, two cores of an AMD EPYC with bf16 (CIFAR-10 as a JPEG copy):
+  cifar10      full model 75.18 %; at 0.71 of the dense MACs 75.17 % in 0.79 of the dense time for
+               256 images, 1.26 of it for one; at 0.53 of the MACs 75.05 %. The static twin,
+               trained alike, has 76.35 %: early heads cost the last one 1.2 points, and 1.9 when
+               all heads weigh the same.
 
 Papers: Teerapittayanon et al. 2016, BranchyNet; Huang et al. 2018, MSDNet (anytime and budgeted
 evaluation); Scardapane et al. 2020, Differentiable Branching; Schuster et al. 2022, CALM.
@@ -789,16 +793,17 @@ def command_line(main):
 
 # === shared: pictures ===
 def draw_tokens(axis, x, values, most, title):
-    """One example x (3, 32, 32) or (T,), its values per token (T,), 0 to most, laid over it."""
+    """One example x (3, 32, 32) or (T,), its values per token (T,), 0 to most, laid over it unless
+    they are all the same."""
     grid = values.reshape(8, 8) if x.ndim == 3 else values.reshape(-1, 16)
-    rows, columns = grid.shape
     if x.ndim == 3:
-        axis.imshow(x.transpose(1, 2, 0), extent=(-0.5, columns - 0.5, rows - 0.5, -0.5))
-    axis.imshow(grid, cmap="viridis", vmin=0, vmax=most, alpha=0.55,
-                aspect="equal" if x.ndim == 3 else "auto")
+        axis.imshow(x.transpose(1, 2, 0), extent=(-0.5, 7.5, 7.5, -0.5))
+    if x.ndim == 1 or np.ptp(grid) > 0:
+        axis.imshow(grid, cmap="viridis", vmin=0, vmax=most, alpha=0.55,
+                    aspect="equal" if x.ndim == 3 else "auto")
     if x.ndim == 1:
         for i, code in enumerate(x):
-            axis.text(i % columns, i // columns, chr(code).replace("\n", "\\n").replace("$", r"\$"),
+            axis.text(i % 16, i // 16, chr(code).replace("\n", "\\n").replace("$", r"\$"),
                       ha="center", va="center", family="monospace", fontsize=7)
     axis.set_title(title, fontsize=8)
     axis.axis("off")

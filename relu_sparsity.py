@@ -23,7 +23,15 @@ static twin), and asks:
     python relu_sparsity.py --dataset shakespeare    # characters
     python relu_sparsity.py --dataset shapes         # embedded data: nothing is downloaded
 
-RESULTS
+Measured with --size small, seed 0, two cores of an AMD EPYC with bf16 (CIFAR-10 as a JPEG copy):
+                                    test          density          MACs run   bound   trained in
+  cifar10                           76.35 %       9.2 %            0.772      0.544   501 s
+  cifar10 --sparsity-weight 0.3     76.81 %       2.6 %            0.756      0.511   485 s
+  shakespeare                       1.748 nats    14.0 %           0.740      0.481   216 s
+MACs are shares of the dense ones. Sparsity is not speed: `skipping` took 2.3 (1.6, 6.2) times as
+long as the dense products for 256 examples, which multiply zeros faster than they can be found.
+Of the examples, the tenth with the highest loss uses fewer neurons than the tenth with the lowest
+on CIFAR-10 (MACs 0.771 and 0.776), and more on text (0.744 and 0.739).
 
 Papers: Li et al. 2023, The Lazy Neuron Phenomenon; Mirzadeh et al. 2023, ReLU Strikes Back;
 Liu et al. 2023, Deja Vu (predicts the zeros, to save both products); Kurtz et al. 2020 and
@@ -667,16 +675,17 @@ def command_line(main):
 
 # === shared: pictures ===
 def draw_tokens(axis, x, values, most, title):
-    """One example x (3, 32, 32) or (T,), its values per token (T,), 0 to most, laid over it."""
+    """One example x (3, 32, 32) or (T,), its values per token (T,), 0 to most, laid over it unless
+    they are all the same."""
     grid = values.reshape(8, 8) if x.ndim == 3 else values.reshape(-1, 16)
-    rows, columns = grid.shape
     if x.ndim == 3:
-        axis.imshow(x.transpose(1, 2, 0), extent=(-0.5, columns - 0.5, rows - 0.5, -0.5))
-    axis.imshow(grid, cmap="viridis", vmin=0, vmax=most, alpha=0.55,
-                aspect="equal" if x.ndim == 3 else "auto")
+        axis.imshow(x.transpose(1, 2, 0), extent=(-0.5, 7.5, 7.5, -0.5))
+    if x.ndim == 1 or np.ptp(grid) > 0:
+        axis.imshow(grid, cmap="viridis", vmin=0, vmax=most, alpha=0.55,
+                    aspect="equal" if x.ndim == 3 else "auto")
     if x.ndim == 1:
         for i, code in enumerate(x):
-            axis.text(i % columns, i // columns, chr(code).replace("\n", "\\n").replace("$", r"\$"),
+            axis.text(i % 16, i // 16, chr(code).replace("\n", "\\n").replace("$", r"\$"),
                       ha="center", va="center", family="monospace", fontsize=7)
     axis.set_title(title, fontsize=8)
     axis.axis("off")

@@ -12,7 +12,6 @@ sys.path.insert(0, str(ROOT))
 NAMES = [name for name in ("relu_sparsity", "early_exit", "gumbel_gates", "moe", "token_boost")
          if (ROOT / f"{name}.py").exists()]
 scripts = {name: importlib.import_module(name) for name in NAMES}
-torch.set_num_threads(2)
 draw_once = functools.lru_cache(scripts[NAMES[0]].draw_shapes)    # the same code in every script
 for module in scripts.values():
     module.draw_shapes = draw_once

@@ -41,7 +41,7 @@ def tables():
         lines += ["", f"**{folder.name}** ({first['device']}, torch {first['torch']}, dense twin "
                   f"{first['dense_macs']:,} MACs)", "",
                   f"| script | seeds | {better}, full model | MACs logged | {better} there | time of "
-                  "`skipping` / dense, batch 1 | batch 256 | training, s |", "|" + "---|" * 8]
+                  "`skipping` / dense, batch 1 | batch 256 | training, s | density |", "|" + "---|" * 9]
         for name, metas in runs.items():
             ratio = [[m["wall_clock"][f"skipping_ms_batch_{b}"] / m["wall_clock"][f"dense_ms_batch_{b}"]
                       for m in metas] for b in (1, 256)]
@@ -50,7 +50,9 @@ def tables():
                 spread([m["at_budget"]["budget"] for m in metas], 3),
                 spread([m["at_budget"][better] for m in metas], digits),
                 spread(ratio[0], 2), spread(ratio[1], 2),
-                spread([m["train_seconds"] for m in metas], 0)]) + " |")
+                spread([m["train_seconds"] for m in metas], 0),
+                spread([m["zeros"]["density"] for m in metas], 3) if "zeros" in metas[0] else ""])
+                + " |")
     return "\n".join(lines[1:])
 
 
