@@ -118,7 +118,7 @@ cfg = script.Config(dataset="pydoc", size="tiny", device="cpu")
 model, data = script.Model(cfg).eval(), script.load_data(cfg)
 data = data._replace(test=[part[:4] for part in data.test])
 result = script.evaluate(model.masked, data.test, model.full)
-script.save_log(script.Path({str(path)!r}), cfg, data, model, 0.0, result, {{0.0: result}})
+script.save_log(script.Path({str(path)!r}), cfg, data, model, None, 0.0, result, {{0.0: result}})
 """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert process.returncode == -getattr(signal, stop), process.stderr
@@ -139,7 +139,7 @@ ERRORS = [
     (["--dataset", "shakespeare", "--data", "empty"], "--dataset shapes"),
     (["--dataset", "shakespeare", "--data", "broken"], "not the published file"),
     (["--dataset", "cifar10", "--data", "broken"], "lacks a file"),
-    (["--dataset", "pydoc", "--steps", "60", "--lr", "1e20"], "not finite from step"),
+    (["--dataset", "pydoc", "--steps", "60", "--lr", "1e9"], "not finite from step"),
     (["--dataset", "pydoc"], "logs"),               # where a file stands in the place of the folder
 ]
 
