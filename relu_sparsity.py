@@ -166,8 +166,7 @@ def objective(model, x, y):
 # === shared: backbone ===
 class Attention(nn.Module):
     """Multi-head attention in parts, so that a token can be left out as query, as key, or as both.
-    Written out, because torch's fused kernel took 3 to 5 times as long at these sizes in bf16
-    training on a CPU."""
+    Written out, because torch's fused kernel trains slower at these sizes in bf16 on a CPU."""
 
     def __init__(self, width, heads):
         super().__init__()
