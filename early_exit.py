@@ -130,23 +130,24 @@ def certify(losses, risk, error=0.05):
     return last
 
 
-def ragged_attention(attention, x, active, past):
-    """Attention in which only the `active` tokens of a text ask: x (B, T, C), active (B, T) bool
-    -> (active.sum(), C), in the order of x[active].
+# === shared: ragged attention ===
+def ragged_attention(attention, x, asks, keyed, past=None):
+    """Attention in which some tokens ask and some are heard: x (B, T, C), asks and keyed (B, T),
+    past (T, T) in a text -> (asks.sum(), C), in the order of x[asks].
 
-    Keys are computed up to the last token that asks, those of tokens that left included. Queries
-    are projected flat, and padded to the largest count in the batch for the scores alone."""
-    asked_for = active.flip(1).cummax(1).values.flip(1)                          # (B, T)
-    key_value = x.new_zeros(*x.shape[:2], 2 * x.shape[2])
-    key_value[asked_for] = attention.key_value(x[asked_for])
-    row, position = active.nonzero(as_tuple=True)                                # (n,), (n,)
-    slot = (active.cumsum(1) - 1)[active]        # (n,) how many of its row ask before it
-    most = int(active.sum(1).max())
-    query = x.new_zeros(len(x), most, x.shape[2])
-    query[row, slot] = attention.query(x[active])
-    allowed = past.new_ones(len(x), 1, most, x.shape[1])                         # (B, 1, Q, T)
-    allowed[row, 0, slot] = past[position, :x.shape[1]]
+    Nothing but those tokens is projected. For the scores alone queries are padded, to the largest
+    count in the batch, and taken with all T places, of which those not keyed are masked."""
+    key_value = x.new_zeros(*x.shape[:2], 2 * attention.width)
+    key_value[keyed] = attention.key_value(x[keyed])
+    row, position = asks.nonzero(as_tuple=True)                                  # (n,), (n,)
+    slot = (asks.cumsum(1) - 1)[asks]            # (n,) how many of its row ask before it
+    most = int(asks.sum(1).max())
+    query = x.new_zeros(len(x), most, attention.width)
+    query[row, slot] = attention.query(x[asks])
+    allowed = asks.new_ones(len(x), 1, most, x.shape[1])                         # (B, 1, Q, T)
+    allowed[row, 0, slot] = keyed[row] if past is None else past[position, :x.shape[1]]
     return attention.out(attention.mix(query, key_value, allowed)[row, slot])
+# === end shared ===
 
 
 class Model(nn.Module):
@@ -254,7 +255,9 @@ class Model(nn.Module):
         for layer, block in enumerate(self.twin.blocks):
             depth += active
             if self.twin.text:
-                heard = ragged_attention(block.attention, block.norm1(x), active, block.past)
+                heard_of = active.flip(1).cummax(1).values.flip(1)      # up to the last that asks
+                heard = ragged_attention(block.attention, block.norm1(x), active, heard_of,
+                                         block.past)
                 still = x[active] + heard                                           # (n, C)
                 still = still + block.down(block.up(block.norm2(still)).relu())
                 x[active] = still

@@ -41,13 +41,15 @@ def run(monkeypatch, tmp_path_factory, capsys):
 
 def build(script, dataset="shapes", size="tiny", seed=0, **options):
     """An untrained Model in evaluation mode, whose batch norms have seen data and whose biases are
-    not zero, so that no formula is right by accident."""
+    not zero and whose gates see their input, so that nothing is right by accident."""
     torch.manual_seed(seed)
     model = script.Model(script.Config(dataset=dataset, size=size, device="cpu", **options))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+            elif parameter.std() < 0.01:        # a gate that starts out blind to its input
+                parameter.add_(torch.randn_like(parameter))
         if not model.twin.text:
             model.train()
             model(inputs(dataset, size, 32))
@@ -71,7 +73,7 @@ def thresholds(model, x, shares=(0.0, 0.4, 0.8, 1.0)):
     ends, found = (spend(model.cheapest), spend(model.full)), []
     for share in shares:
         cheap, full = model.cheapest, model.full
-        for _ in range(8 if 0 < share < 1 else 0):
+        for _ in range(12 if 0 < share < 1 else 0):
             middle = (cheap + full) / 2
             wanted = ends[0] + share * (ends[1] - ends[0])
             cheap, full = (middle, full) if spend(middle) < wanted else (cheap, middle)

@@ -48,7 +48,7 @@ def test_macs_are_what_ran(script, dataset, size):
             assert executed == macs.item()
             assert macs.dtype == token_macs.dtype == torch.int64
             assert token_macs.shape == (1, model.twin.position.shape[0])
-            assert 0 < token_macs.sum() <= macs
+            assert 0 <= token_macs.sum() <= macs
             seen.add(macs.item())
     assert len(seen) > 1       # the thresholds did make a difference
 

@@ -1,0 +1,1000 @@
+"""Learn what to skip: gates trained with back-propagation through the Gumbel-softmax trick.
+
+Put a small gate before every module. From what arrives there it computes a score z, and the module
+runs or is skipped:
+
+    x  <-  x + g * module(x),      g = 1 if z > 0 else 0
+
+A step has no gradient, so z could not be learned. The trick: a sample of k choices with scores s
+is argmax_j (s_j + noise_j) with Gumbel noise (the Gumbel-max trick); keep that hard sample in the
+forward pass, and give it the gradient of softmax((s + noise) / temperature) in the backward pass.
+Keep or skip is k = 2 with the scores (z, 0). The gradient is not exact, but it has little variance,
+and a gate that is closed now and then by chance learns what its module is worth.
+
+What a gate decides over, `--grain`
+  layer   the attention or the MLP of a block, for a whole image; for text, by character, because
+          what decides for a whole window would have seen its end
+  token   a token: it sits a block out, its state goes on as it is. Among images nobody looks at it
+          there; in a text those who come later still may, so its key and value are computed
+  head    single attention heads, and as many groups of the MLP's neurons
+How a gate learns, `--estimator`
+  gumbel      the trick
+  sigmoid_st  the same without noise: step forward, gradient of sigmoid(z) backward
+  reinforce   the score function: log p(g) pushed by how much better the sampled gates did than
+              the greedy ones (self-critical baseline). Exact in expectation, and noisy.
+
+The budget term is (mean MACs - budget)^2 over a batch. It is not a term for each example: that
+would push every example to the same MACs, and whatever adapts to the input would be gone. After
+training there is no noise: a module runs where z > threshold; 0 is the rule of training, and the
+threshold is moved until the budget is met on the calibration split.
+
+    python gumbel_gates.py                          # CIFAR-10; base on a GPU, small without one
+    python gumbel_gates.py --dataset shakespeare    # characters
+    python gumbel_gates.py --dataset shapes         # embedded data: nothing is downloaded
+
+MEASURED: to be filled
+
+Papers: Jang et al. 2017 and Maddison et al. 2017 (the trick); Veit and Belongie 2018, ConvNet-AIG
+(layers; start open at 0.87); Rao et al. 2021, DynamicViT (tokens); Meng et al. 2022, AdaViT (three
+grains); Wang et al. 2018, SkipNet, and Wu et al. 2018, BlockDrop (reinforcement learning).
+Deviations: (1) one budget on all MACs instead of a rate for each module; `--per-layer` asks every
+block for the same share; (2) a token that was skipped is back in the next block; (3) the gate's
+gradient comes from what its token would have computed, not from its being looked at; (4) all
+blocks are gated, the first too; (5) a gate reads the block's normalised input, mean over an image.
+"""
+import argparse
+import functools
+import hashlib
+import inspect
+import itertools
+import json
+import math
+import os
+import re
+import tarfile
+import time
+import urllib.request
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import nn
+from tqdm import tqdm
+
+
+@dataclass
+class Config:
+    """Every option of the command line; the comment beside a field is its help."""
+    # === shared: options ===
+    dataset: Literal["cifar10", "shakespeare", "shapes", "pydoc"] = "cifar10"  # what to learn
+    size: Literal["", "tiny", "small", "base"] = ""  # of the network: base on a GPU, else small
+    data: str = "data"       # folder that holds the data sets, or receives the download
+    out: str = "."           # folder that receives logs/ and figures/
+    epochs: float = 0.0      # passes over the training split; 0: by data set and size
+    steps: int = 0           # stop after so many steps; 0: by epochs
+    batch: int = 0           # examples per step; 0: by size
+    lr: float = 0.0          # peak learning rate; 0: by size
+    seed: int = 0            # of weights, batches and noise
+    device: Literal["", "cpu", "cuda"] = ""  # by default cuda where there is one
+    compile: bool = False    # torch.compile the training step
+    # === end shared ===
+    budget: float = 0.7      # mean MACs per example to aim at, as a share of the dense twin's
+    grain: Literal["layer", "token", "head"] = "layer"  # what one gate switches
+    estimator: Literal["gumbel", "sigmoid_st", "reinforce"] = "gumbel"  # how gates learn
+    per_layer: bool = False  # the same budget for every block, instead of one for all together
+
+    def __post_init__(self):
+        resolve(self)
+
+
+# Shapes below: B batch, T tokens, C width, K classes or characters, L blocks, h attention heads,
+# U gates of a block, R rows of gates for an example: T where every token has its own, else 1.
+
+
+def gumbel_softmax(scores, temperature=1.0):
+    """One of k choices, drawn with the probabilities softmax(scores): (..., k) -> one-hot (..., k),
+    with the gradient of the relaxed sample softmax((scores + noise) / temperature)."""
+    noise = -torch.empty_like(scores).exponential_().log()      # Gumbel = -log(Exponential)
+    soft = ((scores + noise) / temperature).softmax(-1)
+    hard = F.one_hot(soft.argmax(-1), scores.shape[-1]).to(soft.dtype)
+    return hard + (soft - soft.detach())                        # straight through: 0 is added
+
+
+def sample(z, estimator):
+    """Scores z (...) -> gates (...) of zeros and ones, open with probability sigmoid(z)."""
+    if estimator == "gumbel":       # k = 2: the difference of two Gumbels is logistic noise on z
+        return gumbel_softmax(torch.stack([z, torch.zeros_like(z)], -1))[..., 0]
+    p = z.sigmoid()
+    if estimator == "sigmoid_st":                               # not sampled: open where p > 1/2
+        return (z > 0).to(p.dtype) + (p - p.detach())
+    return torch.bernoulli(p.detach())
+
+
+def score_function(z, gates, advantage):
+    """REINFORCE: z, gates (B, ...), advantage (B,) -> a scalar whose gradient by z is, in
+    expectation over sampled gates, that of the mean expected advantage, negated."""
+    log_p = -F.binary_cross_entropy_with_logits(z, gates, reduction="none")
+    return -(advantage.detach() * log_p.flatten(1).sum(1)).mean()
+
+
+# === shared: ragged attention ===
+def ragged_attention(attention, x, asks, keyed, past=None):
+    """Attention in which some tokens ask and some are heard: x (B, T, C), asks and keyed (B, T),
+    past (T, T) in a text -> (asks.sum(), C), in the order of x[asks].
+
+    Nothing but those tokens is projected. For the scores alone queries are padded, to the largest
+    count in the batch, and taken with all T places, of which those not keyed are masked."""
+    key_value = x.new_zeros(*x.shape[:2], 2 * attention.width)
+    key_value[keyed] = attention.key_value(x[keyed])
+    row, position = asks.nonzero(as_tuple=True)                                  # (n,), (n,)
+    slot = (asks.cumsum(1) - 1)[asks]            # (n,) how many of its row ask before it
+    most = int(asks.sum(1).max())
+    query = x.new_zeros(len(x), most, attention.width)
+    query[row, slot] = attention.query(x[asks])
+    allowed = asks.new_ones(len(x), 1, most, x.shape[1])                         # (B, 1, Q, T)
+    allowed[row, 0, slot] = keyed[row] if past is None else past[position, :x.shape[1]]
+    return attention.out(attention.mix(query, key_value, allowed)[row, slot])
+# === end shared ===
+
+
+class Gate(nn.Module):
+    """A small network, float32 also under autocast: (..., C) -> scores (..., U), at first open with
+    probability 0.87 whatever it sees."""
+
+    def __init__(self, width, units, hidden=16):
+        super().__init__()
+        self.hidden, self.out = nn.Linear(width, hidden), nn.Linear(hidden, units)
+        nn.init.normal_(self.out.weight, std=0.001)
+        nn.init.constant_(self.out.bias, math.log(0.87 / 0.13))
+        self.macs = width * hidden + hidden * units
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return self.out(self.hidden(x.to(self.out.weight.dtype)).relu())
+
+
+def one_head(whole, index):
+    """Head `index` of an Attention, in the same parts: the whole is the sum of its heads."""
+    width = whole.width // whole.heads
+    rows = slice(index * width, (index + 1) * width)
+    key_value = torch.cat([w[rows] for w in whole.key_value.weight.chunk(2)])
+    head = SimpleNamespace(
+        width=width, heads=1, query=functools.partial(F.linear, weight=whole.query.weight[rows]),
+        key_value=functools.partial(F.linear, weight=key_value),
+        out=functools.partial(F.linear, weight=whole.out.weight[:, rows]))
+    head.mix = functools.partial(Attention.mix, head)
+    return head
+
+
+class Model(nn.Module):
+    """The twin with a gate before every block. `threshold`: a module runs where z > threshold."""
+    cheapest, full = 30.0, -30.0        # scores stay between: nothing runs; everything does
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.twin, self.grain, self.estimator = Twin(cfg), cfg.grain, cfg.estimator
+        self.dense_macs, self.per_layer = self.twin.dense_macs, cfg.per_layer
+        self.by_token = cfg.text or cfg.grain == "token"
+        units = dict(layer=2, token=1, head=2 * cfg.heads)[cfg.grain]
+        self.gates = nn.ModuleList(Gate(cfg.width, units) for _ in self.twin.blocks)
+
+        # What one gate switches. In a text keys and values are always computed.
+        block, T = self.twin.blocks[0], cfg.tokens
+        keys = block.attention.macs(0, 1)                                       # of one token
+        asking = block.attention.macs(T, T) // T - (keys if cfg.text else 0)
+        rows = 1 if self.by_token else T                                # tokens behind one gate
+        halves = [rows * asking, rows * block.mlp_macs]
+        self.unit_macs = dict(layer=halves, token=[sum(halves)],
+                              head=[half // cfg.heads for half in halves for _ in range(cfg.heads)]
+                              )[cfg.grain]
+        # What runs for every token, and for every example, whatever the gates say.
+        gates = cfg.depth * self.gates[0].macs
+        self.token_fixed = gates * self.by_token + cfg.text * (
+            self.twin.head_macs + cfg.depth * keys)
+        self.fixed = (self.twin.example_macs + T * self.token_fixed
+                      + (0 if self.by_token else gates))
+        self.block_macs = sum(self.unit_macs) * (T if self.by_token else 1)     # all open
+        self.target = (cfg.budget * self.dense_macs - self.fixed) / (cfg.depth * self.block_macs)
+
+    def scores(self, layer, normed):
+        """Normalised input of a block (B, T, C) -> scores of its gates (B, R, U)."""
+        return self.gates[layer](normed if self.by_token else normed.mean(1, keepdim=True))
+
+    def halves(self, gates):
+        """Gates (B, R, U) -> those of the attention and those of the MLP, (B, R, 1 or h) each."""
+        return (gates, gates) if self.grain == "token" else gates.chunk(2, -1)
+
+    def everything(self, x, choose):
+        """All modules are computed and multiplied by their gates, choose(layer, z) -> gates like z.
+        Returns logits, and z and gates of all blocks, (B, L, R, U) each."""
+        x, all_z, all_gates = self.twin.embed(x), [], []
+        for layer, block in enumerate(self.twin.blocks):
+            attention, normed = block.attention, block.norm1(x)
+            z = self.scores(layer, normed)
+            gates = choose(layer, z)
+            heads, groups = self.halves(gates)
+            allowed = None
+            if self.twin.text:
+                allowed = block.past[:x.shape[1], :x.shape[1]]
+            elif self.by_token:     # the closed are no keys; each sees itself, for the softmax
+                itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+                allowed = (gates[..., 0] > 0.5)[:, None, None] | itself         # (B, 1, T, T)
+            heard = attention.mix(attention.query(normed), attention.key_value(normed), allowed)
+            heard = heard.unflatten(-1, (attention.heads, -1)) * heads[..., None]
+            x = x + block.drop(attention.out(heard.flatten(2)))
+            hidden = block.up(block.norm2(x)).relu()
+            hidden = hidden.unflatten(-1, (attention.heads, -1)) * groups[..., None]
+            bias = groups.mean(-1, keepdim=True) * block.down.bias      # each group owns a part
+            x = x + block.drop(F.linear(hidden.flatten(2), block.down.weight) + bias)
+            all_z.append(z)
+            all_gates.append(gates)
+        return self.twin.readout(x), torch.stack(all_z, 1), torch.stack(all_gates, 1)
+
+    def used(self, gates):
+        """Gates (B, L, R, U) -> the share of its MACs that each block used (B, L)."""
+        return (gates * gates.new_tensor(self.unit_macs)).sum((2, 3)) / self.block_macs
+
+    def excess(self, gates):
+        """How much more than the budget allows a batch used, by block (L,)."""
+        excess = self.used(gates).mean(0) - self.target
+        return excess if self.per_layer else excess.mean().expand_as(excess)
+
+    def forward(self, x):
+        """x -> logits with sampled gates, and the weighted budget term."""
+        logits, _, gates = self.everything(x, lambda layer, z: sample(z, self.estimator))
+        return logits, 10 * self.excess(gates).square().mean()
+
+    def cost(self, gates):
+        """gates (B, L, R, U) bool -> macs (B,), token_macs (B, T)."""
+        spent = (gates * torch.tensor(self.unit_macs, device=gates.device)).sum((1, 3))     # (B, R)
+        macs = self.fixed + spent.sum(1)
+        if self.by_token:
+            return macs, self.token_fixed + spent
+        return macs, (spent // self.twin.tokens).expand(-1, self.twin.tokens)
+
+    @torch.no_grad()
+    def masked(self, x, threshold):
+        """Everything is computed, what is closed is zeroed -> logits, macs, token_macs."""
+        logits, _, gates = self.everything(x, lambda layer, z: (z > threshold).to(z.dtype))
+        return logits, *self.cost(gates > 0.5)
+
+    @torch.no_grad()
+    def skipping(self, x, threshold):
+        """Modules are given the images, or the tokens, for which they are open, and no others."""
+        x, all_gates = self.twin.embed(x), []
+        for layer, block in enumerate(self.twin.blocks):
+            attention, up, down, normed = block.attention, block.up, block.down, block.norm1(x)
+            gates = self.scores(layer, normed) > threshold                      # (B, R, U)
+            all_gates.append(gates)
+            heads, groups = self.halves(gates if self.by_token else gates[:, 0])
+            parts = [attention] if heads.shape[-1] == 1 else [
+                one_head(attention, i) for i in range(attention.heads)]
+            heard = torch.zeros_like(x)
+            for part, runs in zip(parts, heads.unbind(-1)):                     # (B,) or (B, T)
+                if self.by_token:
+                    keyed = torch.ones_like(runs) if self.twin.text else runs
+                    heard[runs] += ragged_attention(part, normed, runs, keyed, block.past)
+                else:
+                    some = normed[runs]                                         # (n, T, C)
+                    heard[runs] += part.out(part.mix(part.query(some), part.key_value(some)))
+            x = x + heard
+            normed, y = block.norm2(x), torch.zeros_like(x)
+            rows = torch.arange(len(up.weight), device=x.device).chunk(groups.shape[-1])
+            for part, runs in zip((slice(r[0], r[-1] + 1) for r in rows), groups.unbind(-1)):
+                hidden = F.linear(normed[runs], up.weight[part], up.bias[part]).relu()
+                y[runs] += F.linear(hidden, down.weight[:, part]) + down.bias / len(rows)
+            x = x + y
+        return self.twin.readout(x), *self.cost(torch.stack(all_gates, 1))
+
+
+def surrogate(model, x, y, estimator, budget_weight):
+    """What is differentiated -> loss, logits, cross-entropy of the examples (B,), gates."""
+    logits, z, gates = model.everything(x, lambda layer, z: sample(z, estimator))
+    each = cross_entropy(logits, y).reshape(len(y), -1).mean(1)                         # (B,)
+    excess = model.excess(gates)
+    loss = each.mean() + budget_weight * excess.square().mean()
+    if estimator == "reinforce":
+        with torch.no_grad():       # the greedy gates are the baseline, for loss and for MACs
+            greedy, _, open_ = model.everything(x, lambda layer, z: (z > 0).to(z.dtype))
+            better = cross_entropy(greedy, y).reshape(len(y), -1).mean(1) - each
+            price = 2 * budget_weight * excess / len(excess)            # of MACs, on this batch
+            cheaper = ((model.used(open_) - model.used(gates)) * price).sum(1)
+        loss = loss + score_function(z, gates, better + cheaper)
+    return loss, logits, each, gates
+
+
+def objective(model, x, y):
+    """The training loss, and what the progress bar shows."""
+    loss, logits, each, gates = surrogate(model, x, y, model.estimator, budget_weight=10)
+    macs = (model.fixed + model.used(gates).sum(1).mean() * model.block_macs) / model.dense_macs
+    accuracy = (logits.argmax(-1) == y).float().mean()
+    return loss, dict(loss=each.mean(), accuracy=accuracy, macs=macs)
+
+
+# === shared: backbone ===
+class Attention(nn.Module):
+    """Multi-head attention in parts, so that a token can be left out as query, as key, or as both.
+    Written out, because torch's fused kernel trains slower at these sizes in bf16 on a CPU."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.width, self.heads = width, heads
+        self.query = nn.Linear(width, width, bias=False)
+        self.key_value = nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def mix(self, query, key_value, allowed=None):
+        """query (B, Q, C) against key_value (B, T, 2 C) where allowed (..., Q, T) -> (B, Q, C)."""
+        query = query * (self.width / self.heads) ** -0.5
+        q = query.unflatten(-1, (self.heads, -1)).transpose(1, 2)               # (B, h, Q, C / h)
+        k_v = key_value.unflatten(-1, (2 * self.heads, -1)).transpose(1, 2)
+        k, v = k_v.chunk(2, dim=1)                                              # (B, h, T, C / h)
+        score = q @ k.transpose(-2, -1)                                         # (B, h, Q, T)
+        if allowed is not None:
+            score = score.masked_fill(~allowed, -torch.inf)
+        return (score.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
+
+    def forward(self, x, allowed=None):
+        """x (B, T, C) -> (B, T, C)."""
+        return self.out(self.mix(self.query(x), self.key_value(x), allowed))
+
+    def macs(self, queries, keys):
+        """query and out, scores and weighted sums over all keys; key and value of every key."""
+        C = self.width
+        return queries * (2 * C * C + 2 * keys * C) + keys * 2 * C * C
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: attention, then an MLP C -> H = 4 C -> ReLU -> C."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        C = cfg.width
+        self.norm1, self.attention = nn.LayerNorm(C), Attention(C, cfg.heads)
+        self.norm2, self.up, self.down = nn.LayerNorm(C), nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
+        self.drop = nn.Dropout(cfg.dropout)
+        past = torch.ones(cfg.tokens, cfg.tokens, dtype=torch.bool).tril()
+        self.register_buffer("past", past if cfg.text else None, persistent=False)
+        self.mlp_macs = 2 * C * 4 * C                                           # of one token
+
+    def attend(self, x):
+        """x (B, T, C) -> x plus attention; text looks at the past only."""
+        T = x.shape[1]
+        allowed = None if self.past is None else self.past[:T, :T]
+        return x + self.drop(self.attention(self.norm1(x), allowed))
+
+    def forward(self, x):
+        x = self.attend(x)
+        return x + self.drop(self.down(self.up(self.norm2(x)).relu()))
+
+
+class Neighbours(nn.Module):
+    """(B, C, h, w) plus what a depthwise 3 x 3 and a pointwise convolution make of it: few MACs."""
+
+    def __init__(self, C):
+        super().__init__()
+        self.mix = nn.Sequential(nn.Conv2d(C, C, 3, 1, 1, groups=C, bias=False), nn.BatchNorm2d(C),
+                                 nn.Conv2d(C, C, 1), nn.ReLU())
+
+    def forward(self, x):
+        return x + self.mix(x)
+
+
+class Twin(nn.Module):
+    """The static network. Images (B, 3, 32, 32): a convolutional stem makes 8 x 8 tokens of them,
+    one answer each. Text (B, T): ASCII codes are embedded, one answer per token."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.text, self.width, self.tokens = cfg.text, cfg.width, cfg.tokens
+        C, S = cfg.width, cfg.width // 2
+        self.stem = nn.Embedding(cfg.classes, C) if self.text else nn.Sequential(
+            nn.Conv2d(3, S, 3, 2, 1, bias=False), nn.BatchNorm2d(S), nn.ReLU(), Neighbours(S),
+            nn.Conv2d(S, C, 3, 2, 1, bias=False), nn.BatchNorm2d(C), nn.ReLU(), Neighbours(C))
+        self.position = nn.Parameter(0.02 * torch.randn(cfg.tokens, C))
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
+        self.norm, self.head = nn.LayerNorm(C), nn.Linear(C, cfg.classes)
+        if self.text:                      # one matrix reads characters and writes them
+            self.head.weight = self.stem.weight
+            nn.init.normal_(self.stem.weight, std=0.02)
+        # An example costs `example_macs` once and `token_macs(T)` for each of its T tokens.
+        self.head_macs = C * cfg.classes
+        stem_macs = (16 * 16 * (9 * 3 * S + 9 * S + S * S)          # to 16 x 16, Neighbours there
+                     + 8 * 8 * (9 * S * C + 9 * C + C * C))         # to 8 x 8, Neighbours there
+        self.example_macs = 0 if self.text else stem_macs + self.head_macs
+        self.dense_macs = self.example_macs + cfg.tokens * self.token_macs(cfg.tokens)
+
+    def token_macs(self, T):
+        """MACs of one token among T: all blocks, and the head where every token has an answer."""
+        blocks = sum(b.attention.macs(T, T) // T + b.mlp_macs for b in self.blocks)
+        return blocks + self.text * self.head_macs
+
+    def embed(self, x):
+        """x -> tokens (B, T, C)."""
+        x = self.stem(x) if self.text else self.stem(x).flatten(2).transpose(1, 2)
+        return x + self.position[:x.shape[1]]
+
+    def readout(self, x):
+        """tokens (B, T, C) -> logits (B, T, K) for text, (B, K) for images."""
+        x = self.norm(x)
+        return self.head(x if self.text else x.mean(1))
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.readout(x)
+# === end shared ===
+
+
+# === shared: data ===
+CIFAR10 = ("cifar-10-binary.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+           "md5", "c32a1d4ab5d03f1284b67883e8d87530")
+SHAKESPEARE = ("tinyshakespeare.txt", "https://raw.githubusercontent.com/karpathy/char-rnn/master/"
+               "data/tinyshakespeare/input.txt", "sha256",
+               "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
+NAMES = dict(cifar10="airplane automobile bird cat deer dog frog horse ship truck".split(),
+             shapes=[f"{s} {k}" for k in ("disc", "2 lobes", "3 lobes", "4 lobes", "5 lobes")
+                     for s in ("full", "hollow")])
+
+
+class Data(NamedTuple):
+    """Splits are pairs (x, y) of uint8 and int64 or uint8 tensors on the device: (N, 3, 32, 32) and
+    (N,), or for text (N, T) and (N, T), y one character on. A text's train is one long stream."""
+    train: tuple
+    calibration: tuple
+    test: tuple
+    difficulty: object      # float32 array (N,) of the test split where it is known, else None
+    sha256: str             # of the test split
+
+
+def fetch(folder, name, url, algorithm, checksum):
+    """Path of folder / name, downloaded first if it is missing. Refuses any other file there."""
+    path = Path(folder, name)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(name + ".part")       # so that half a file never passes for a whole
+        try:
+            with tqdm(desc=name, unit="B", unit_scale=True) as bar:
+                urllib.request.urlretrieve(url, part, lambda n, size, total: bar.update(size))
+        except OSError as e:
+            raise UserError(f"download of {url} failed ({e}); put the file at {path} by hand, or "
+                            "take embedded data: --dataset shapes (images) or pydoc (text)")
+        part.replace(path)
+    if hashlib.new(algorithm, path.read_bytes()).hexdigest() != checksum:
+        raise UserError(f"{path} is not the published file (its {algorithm} differs: truncated or "
+                        "altered); delete it and run again")
+    return path
+
+
+def read_cifar10(folder):
+    """uint8 (60000, 3073): label, then pixels; test last. From folder/cifar-10-batches-bin if it is
+    there, else straight from the archive, of which nothing but six members is ever read."""
+    names = [f"cifar-10-batches-bin/{n}.bin" for n in
+             [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]]
+    try:
+        if Path(folder, names[0]).parent.exists():
+            parts = [Path(folder, name).read_bytes() for name in names]
+        else:
+            with tarfile.open(fetch(folder, *CIFAR10)) as archive:
+                parts = [archive.extractfile(name).read() for name in names]
+    except (KeyError, AttributeError, tarfile.TarError, FileNotFoundError) as e:
+        raise UserError(f"CIFAR-10 in {folder} lacks a file ({e}); delete it and run again")
+    for name, part in zip(names, parts):
+        if len(part) != 30730000 or max(part[::3073]) > 9:
+            raise UserError(f"{name} in {folder} is truncated or altered (30,730,000 bytes, labels "
+                            "0 to 9 are expected); delete it and run again")
+    return np.frombuffer(b"".join(parts), np.uint8).reshape(-1, 3073)
+
+
+def draw_shapes(count, seed):
+    """Flowers of 0, 2, 3, 4 or 5 lobes, full or hollow: uint8 (count, 3, 32, 32), label (count,),
+    difficulty (count,) in [0, 1], which fades the shape, cuts it, and adds specks and noise.
+    In float64, so that a last bit that differs between machines hardly ever changes a byte."""
+    rng, chunk = np.random.default_rng(seed), 500
+    label, difficulty = rng.integers(10, size=count), rng.random(count)
+    images, (row, column) = np.empty((count, 3, 32, 32), np.uint8), np.mgrid[-1:1:32j, -1:1:32j]
+
+    def uniform(low, high, channels=1):
+        return rng.uniform(low, high, (chunk, channels, 1, 1))
+
+    for i in range(0, count, chunk):
+        d, kind = (v[i:i + chunk].reshape(-1, 1, 1, 1) for v in (difficulty, label))
+        size, lobes = uniform(0.6, 0.9), np.array([0, 2, 3, 4, 5])[kind // 2]
+        x, y = (column - uniform(-0.2, 0.2)) / size, (row - uniform(-0.2, 0.2)) / size
+        angle = np.arctan2(y, x) + uniform(0, 2 * np.pi)
+        edge = np.hypot(x, y) - 0.7 - 0.3 * np.cos(lobes * angle)                # < 0 is inside
+        shape = np.clip(0.5 - 8 * np.where(kind % 2, abs(edge) - 0.15, edge), 0, 1)
+        shape *= abs(x - uniform(-0.5, 0.5)) > 0.3 * d                           # a cut through it
+        ground, contrast = uniform(0.3, 0.7, 3), 0.6 * (1 - 0.8 * d)
+        image = ground + contrast * shape * np.sign(uniform(-1, 1, 3)) * uniform(0.5, 1, 3)
+        for _ in range(3):
+            speck = np.hypot(column - uniform(-1, 1), row - uniform(-1, 1)) < uniform(0, 0.4) * d
+            image = np.where(speck, ground + contrast * uniform(-1, 1, 3), image)
+        image += 0.15 * d * rng.standard_normal(image.shape)
+        images[i:i + chunk] = np.clip(image, 0, 1) * 255
+    return images, label, difficulty.astype(np.float32)
+
+
+def load_data(cfg):
+    """The whole of cfg.dataset on cfg.device; UserError where it cannot be had."""
+    difficulty = None
+    if cfg.text:
+        if cfg.dataset == "pydoc":
+            from pydoc_data.topics import topics
+            raw = "".join(topics[k] for k in sorted(topics)).encode("ascii", "replace")
+        else:
+            raw = fetch(cfg.data, *SHAKESPEARE).read_bytes()
+        text, most = torch.tensor(np.frombuffer(raw, np.uint8)), int(0.9 * len(raw))
+        train, *held_out = text.tensor_split([int(0.95 * most), most])
+        splits = [(train, train)]
+        for part in held_out:
+            end = (len(part) - 1) // cfg.tokens * cfg.tokens
+            splits.append((part[:end].view(-1, cfg.tokens), part[1:end + 1].view(-1, cfg.tokens)))
+    else:
+        if cfg.dataset == "shapes":
+            x, y, difficulty = draw_shapes(26000, seed=0)
+            ends, difficulty = [20000, 22000], difficulty[22000:]
+        else:
+            records = read_cifar10(cfg.data)
+            x, y, ends = records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0], [45000, 50000]
+        splits = zip(torch.tensor(x).tensor_split(ends), torch.tensor(y).long().tensor_split(ends))
+    splits = [(x.to(cfg.device), y.to(cfg.device)) for x, y in splits]
+    digest = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in splits[2])).hexdigest()
+    return Data(*splits, difficulty, digest)
+
+
+def network_input(x):
+    """Bytes as they are stored -> what a Model takes: normalised images, int64 characters."""
+    return (x.float() / 255 - 0.47) / 0.25 if x.ndim == 4 else x.long()
+
+
+def training_batches(data, cfg):
+    """Endless (x, y). An epoch shows everything once, but for an incomplete last batch: images in
+    random order, flipped half the time and shifted by up to 4 pixels; text as windows, cut from
+    another starting point each time."""
+    random = dict(generator=torch.Generator(cfg.device).manual_seed(cfg.seed), device=cfg.device)
+    x, y = data.train
+    while True:
+        if cfg.text:
+            start = torch.randint(cfg.tokens, (), **random)
+            window = data.train[0][start:].unfold(0, cfg.tokens + 1, cfg.tokens)     # (N, T + 1)
+            x, y = window[:, :-1], window[:, 1:]
+        order = torch.randperm(len(x), **random)
+        for index in order[:len(order) // cfg.batch * cfg.batch].view(-1, cfg.batch):
+            batch = x[index]
+            if not cfg.text:
+                row, column = torch.randint(9, (2, cfg.batch), **random)
+                flip = torch.rand(cfg.batch, 1, 1, 1, **random) < 0.5
+                padded = F.pad(batch.float(), (4, 4, 4, 4), "reflect")           # (B, 3, 40, 40)
+                crops = padded.unfold(2, 32, 1).unfold(3, 32, 1)                 # (B, 3, 9, 9, ..)
+                batch = crops[torch.arange(cfg.batch), :, row, column]           # one crop of 81
+                batch = torch.where(flip, batch.flip(3), batch)
+            yield network_input(batch), y[index].long()
+# === end shared ===
+
+
+# === shared: training ===
+SIZES = {  # (text, size): width, depth, heads, tokens, batch, learning rate, dropout
+    (False, "tiny"): (32, 2, 2, 64, 256, 3e-3, 0.0), (True, "tiny"): (32, 2, 2, 64, 64, 3e-3, 0.0),
+    (False, "small"): (64, 4, 4, 64, 128, 3e-3, 0.0),
+    (True, "small"): (128, 4, 4, 64, 64, 3e-3, 0.0),
+    (False, "base"): (192, 8, 6, 64, 256, 1e-3, 0.1),
+    (True, "base"): (384, 6, 6, 256, 64, 1e-3, 0.2)}
+EPOCHS = dict(cifar10=dict(tiny=1, small=11, base=100), shapes=dict(tiny=2, small=4, base=20),
+              shakespeare=dict(tiny=1, small=9, base=80), pydoc=dict(tiny=2, small=6, base=40))
+
+
+class UserError(Exception):
+    """What the person at the keyboard can mend: shown as one line, exit status 2."""
+
+
+def resolve(cfg):
+    """Check a Config, fill in what it leaves open, and add what follows from dataset and size."""
+    for f in fields(cfg):
+        choices, value = get_args(f.type), getattr(cfg, f.name)
+        if choices and value not in choices:
+            raise UserError(f"--{f.name} {value!r} is none of {', '.join(filter(None, choices))}")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA here; leave it out to use the CPU")
+    cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cfg.size = cfg.size or ("small" if cfg.device == "cpu" else "base")
+    cfg.text = cfg.dataset in ("shakespeare", "pydoc")
+    cfg.classes = 128 if cfg.text else 10
+    cfg.width, cfg.depth, cfg.heads, cfg.tokens, batch, lr, cfg.dropout = SIZES[cfg.text, cfg.size]
+    cfg.batch, cfg.lr = cfg.batch or batch, cfg.lr or lr
+    cfg.epochs = cfg.epochs or EPOCHS[cfg.dataset][cfg.size]
+    if min(cfg.batch, cfg.lr, cfg.epochs) <= 0 or min(cfg.steps, cfg.seed) < 0:
+        raise UserError("--batch, --lr, --epochs, --steps and --seed must not be negative")
+    if not max(cfg.lr, cfg.epochs, cfg.seed, cfg.steps) < 2 ** 31:
+        raise UserError("--lr, --epochs, --steps and --seed must be finite, and less than 2 ** 31")
+
+
+def cross_entropy(logits, y):
+    """logits (..., K), y (...) -> nats (...)."""
+    loss = F.cross_entropy(logits.float().flatten(0, -2), y.flatten().long(), reduction="none")
+    return loss.view_as(y)
+
+
+def train(model, data, cfg, objective, name="train"):
+    """AdamW, warm-up, cosine, bf16 where the hardware is fast at it. objective(model, x, y) -> the
+    loss and a dict of scalars for the progress bar. Raises UserError if the loss turns NaN."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW([dict(params=decayed, weight_decay=0.05),
+                                   dict(params=plain, weight_decay=0.0)],
+                                  cfg.lr, betas=(0.9, 0.99), fused=True)
+    examples = len(data.train[0]) // cfg.tokens - 1 if cfg.text else len(data.train[0])
+    if examples < cfg.batch:
+        raise UserError(f"--batch {cfg.batch} is more than the {examples} training examples")
+    steps = cfg.steps or max(1, int(cfg.epochs * examples / cfg.batch))
+    warm_up = 1 + steps // 10
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(
+        (i + 1) / warm_up,
+        0.51 + 0.49 * math.cos(math.pi * (i - warm_up) / max(1, steps - warm_up))))
+    bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if cfg.device == "cuda"
+            else getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+    losses = torch.zeros(steps, device=cfg.device)
+    objective = torch.compile(objective) if cfg.compile else objective
+    model.train()
+    began = time.perf_counter()
+    with tqdm(zip(range(steps), training_batches(data, cfg)), name, steps, unit="step") as bar:
+        for step, (x, y) in bar:
+            with torch.autocast(cfg.device, torch.bfloat16, enabled=bf16):
+                loss, shown = objective(model, x, y)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            losses[step] = loss.detach()
+            if step % 20 == 19 or step == steps - 1:        # reading a number waits for the GPU
+                if not losses.isfinite().all():
+                    raise UserError("the loss is not finite from step "
+                                    f"{losses.isfinite().int().argmin()} on; try a smaller --lr")
+                speed = (step + 1) * cfg.batch / (time.perf_counter() - began)
+                bar.set_postfix({k: f"{v.item():.3f}" for k, v in shown.items()},
+                                speed=f"{speed:.0f}/s")
+    model.eval()
+    return time.perf_counter() - began
+# === end shared ===
+
+
+# === shared: evaluation ===
+@torch.no_grad()
+def evaluate(run, split, threshold):
+    """run (model.masked or model.skipping) over a split -> dict of arrays: loss (nats), prediction
+    (both like y), macs (N,), token_macs (N, T)."""
+    batches = []
+    for x, y in zip(split[0].split(100), split[1].split(100)):
+        logits, macs, token_macs = run(network_input(x), threshold)
+        batches.append((cross_entropy(logits, y), logits.argmax(-1), macs, token_macs.int()))
+    names = ("loss", "prediction", "macs", "token_macs")
+    return {name: torch.cat(part).cpu().numpy() for name, part in zip(names, zip(*batches))}
+
+
+def calibrate(model, split, budget=None, points=9):
+    """Thresholds chosen on the calibration split -> the one that spends `budget` (a fraction of the
+    dense MACs), and a sweep of at least `points` from the cheapest model to the full one, in which
+    always the widest gap in MACs was halved. Raises UserError if the budget is out of reach."""
+    spent = {}                                              # threshold -> share of the dense MACs
+
+    def in_order():
+        return sorted(spent, reverse=model.cheapest > model.full)
+
+    def probe(threshold):
+        macs = evaluate(model.masked, split, threshold)["macs"]
+        spent[threshold] = macs.mean() / model.dense_macs
+        bar.update()
+
+    with tqdm(desc="calibrate", unit="pass") as bar:
+        probe(model.cheapest)
+        probe(model.full)
+        low, high = spent.values()
+        if budget is not None and not low <= budget <= high:
+            raise UserError(f"--budget {budget} is out of reach: this network can spend {low:.3f} "
+                            f"to {high:.3f} of the dense MACs")
+        while len(spent) < points:                          # the sweep: where the jump is largest
+            steps = itertools.pairwise(in_order())
+            low, high = max(steps, key=lambda pair: abs(spent[pair[1]] - spent[pair[0]]))
+            probe((low + high) / 2)
+        sweep = in_order()
+        if budget is None:
+            return None, sweep
+        for _ in range(25):                                 # the budget: bisection
+            if min(abs(share - budget) for share in spent.values()) < 0.002:
+                break
+            low, high = next(pair for pair in itertools.pairwise(in_order())
+                             if spent[pair[1]] >= budget)
+            probe((low + high) / 2)
+    best = min(spent, key=lambda threshold: abs(spent[threshold] - budget))
+    if abs(spent[best] - budget) > 0.02:
+        print(f"no threshold spends {budget}: the nearest spends {spent[best]:.3f}")
+    return best, sweep
+
+
+def wall_clock(model, x, threshold, cfg):
+    """Median milliseconds of the dense twin and of `skipping`, float32, batches of 1 and of 256, by
+    turns on the same inputs after a warm-up."""
+    twin, medians = Twin(cfg).to(cfg.device).eval(), {}
+    wait = torch.cuda.synchronize if cfg.device != "cpu" else lambda: None
+    runs = dict(dense=twin, skipping=lambda x: model.skipping(x, threshold))
+    for size, repeats in (1, 100), (256, 20):
+        seconds = {name: [] for name in runs}
+        for i in range(5 + repeats):
+            inputs = network_input(x[torch.arange(i * size, (i + 1) * size) % len(x)])
+            for name, run in runs.items():
+                wait()
+                start = time.perf_counter()
+                with torch.no_grad():
+                    run(inputs)
+                wait()
+                seconds[name].append(time.perf_counter() - start)
+        for name in runs:
+            medians[f"{name}_ms_batch_{size}"] = 1000 * float(np.median(seconds[name][5:]))
+    return medians
+# === end shared ===
+
+
+# === shared: log and command line ===
+def save_log(path, cfg, data, model, budget, threshold, result, sweep, **extra):
+    """Write the per-example log (README: "The log") to `path`, whole or not at all.
+
+    budget: what was asked for, or None. result: what `evaluate` returned at `threshold`. sweep:
+    {threshold: the same}, from the cheapest model to the full one. Returns the meta data."""
+    y = data.test[1].cpu().numpy()
+
+    def quality(r):
+        return dict(accuracy=float((r["prediction"] == y).mean()), loss=float(r["loss"].mean()),
+                    budget=float(r["macs"].mean() / model.dense_macs))
+
+    meta = dict(
+        schema=1, method=Path(__file__).stem, dataset=cfg.dataset, size=cfg.size, seed=cfg.seed,
+        config=asdict(cfg), test_sha256=data.sha256, dense_macs=model.dense_macs,
+        parameters=sum(p.numel() for p in model.parameters()), threshold=threshold,
+        budget_wanted=budget, at_budget=quality(result),
+        full=quality(list(sweep.values())[-1]), **extra,
+        torch=torch.__version__, device=torch.cuda.get_device_name() if cfg.device != "cpu" else
+        f"CPU, {torch.get_num_threads()} threads", date=time.strftime("%Y-%m-%d"),
+        script_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
+    loss = [r["loss"].reshape(len(y), -1).mean(1) for r in sweep.values()]
+    correct = [(r["prediction"] == y).reshape(len(y), -1).mean(1) for r in sweep.values()]
+    arrays = dict(
+        result, example=np.arange(len(y)), label=y.astype(np.int64), meta=json.dumps(meta),
+        sweep_threshold=np.array(list(sweep)), sweep_loss=np.array(loss, np.float32),
+        sweep_macs=np.array([r["macs"] for r in sweep.values()]),
+        sweep_correct=np.array(correct, np.float32))
+    if data.difficulty is not None:
+        arrays["difficulty"] = data.difficulty
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            np.savez_compressed(file, **arrays)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return meta
+
+
+def report(meta, *paths):
+    """Print what a run amounts to."""
+    for name, r in ("full model", meta["full"]), ("as logged", meta["at_budget"]):
+        print(f"{name}: test accuracy {r['accuracy']:.4f}, loss {r['loss']:.4f} nats, MACs "
+              f"{r['budget']:.3f} of {meta['dense_macs']:,} dense")
+    for batch in (1, 256):
+        dense, skipping = (meta["wall_clock"][f"{run}_ms_batch_{batch}"]
+                           for run in ("dense", "skipping"))
+        print(f"batch of {batch}: dense twin {dense:.2f} ms, skipping {skipping:.2f} ms, "
+              f"{skipping / dense:.2f} of the time")
+    print("wrote", *paths)
+
+
+def output_path(cfg, folder, ending):
+    """<out>/<folder>/<dataset>-<size>/<script>-s<seed><ending>, its folder made."""
+    name = f"{Path(__file__).stem}-s{cfg.seed}{ending}"
+    path = Path(cfg.out, folder, f"{cfg.dataset}-{cfg.size}", name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def command_line(main):
+    """Run main on the Config that sys.argv asks for; a UserError is one line, exit status 2."""
+    torch.backends.cudnn.allow_tf32 = False     # evaluation is float32, on a GPU as well
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(
+        2, f"{parser.prog}: {message} (--help lists the options)\n")
+    comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(Config), re.M))
+    for f in fields(Config):
+        choices = get_args(f.type)
+        kind = dict(action="store_true") if f.type is bool else dict(
+            default=f.default, choices=choices or None, type=type(f.default))
+        parser.add_argument("--" + f.name.replace("_", "-"), **kind,
+                            help=comments[f.name].replace("%", "%%"))
+    try:
+        main(Config(**vars(parser.parse_args())))
+    except (UserError, OSError) as e:
+        parser.exit(2, f"{parser.prog}: {e}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: stopped; no log was touched\n")
+# === end shared ===
+
+
+# === shared: pictures ===
+def draw_tokens(axis, x, values, most, title):
+    """One example x (3, 32, 32) or (T,), its values per token (T,), 0 to most, laid over it unless
+    they are all the same."""
+    grid = values.reshape(8, 8) if x.ndim == 3 else values.reshape(-1, 16)
+    if x.ndim == 3:
+        axis.imshow(x.transpose(1, 2, 0), extent=(-0.5, 7.5, 7.5, -0.5))
+    if x.ndim == 1 or np.ptp(grid) > 0:
+        axis.imshow(grid, cmap="viridis", vmin=0, vmax=most, alpha=0.55,
+                    aspect="equal" if x.ndim == 3 else "auto")
+    if x.ndim == 1:
+        for i, code in enumerate(x):
+            axis.text(i % 16, i // 16, chr(code).replace("\n", "\\n").replace("$", r"\$"),
+                      ha="center", va="center", family="monospace", fontsize=7)
+    axis.set_title(title, fontsize=8)
+    axis.axis("off")
+# === end shared ===
+
+
+def mutual_information(gates, label):
+    """gates (N, G) bool, label (N,) -> bits (G,) that a gate tells about the label, estimated from
+    counts: H(p(open)) - sum_c p(c) H(p(open given c)). About (classes - 1) / (1.4 N) too high."""
+    onehot = label[:, None] == np.unique(label)                                         # (N, c)
+    p_open = np.stack([gates[column].mean(0) for column in onehot.T])                   # (c, G)
+    share = onehot.mean(0)[:, None]
+
+    def entropy(p):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.nan_to_num(-p * np.log2(p)) + np.nan_to_num(-(1 - p) * np.log2(1 - p))
+
+    return entropy((share * p_open).sum(0)) - (share * entropy(p_open)).sum(0)
+
+
+@torch.no_grad()
+def policies(model, split, threshold):
+    """The gates of a whole split: bool (N, L, R, U)."""
+    def choose(layer, z):
+        return (z > threshold).to(z.dtype)
+
+    gates = [model.everything(network_input(x), choose)[2] > 0.5 for x in split[0].split(100)]
+    return torch.cat(gates).cpu().numpy()
+
+
+def random_gates(model, rates, seed):
+    """The control: gates open as often, rates (L, U), whatever the input. To be run as `masked`."""
+    rates = torch.tensor(rates, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(layer, z):
+        return torch.bernoulli(rates[layer].expand(z.shape), generator=generator).to(z)
+
+    @torch.no_grad()
+    def run(x, threshold):
+        logits, _, gates = model.everything(x, choose)
+        return logits, *model.cost(gates > 0.5)
+    return run
+
+
+def gradient_noise(model, x, y, repeats=30):
+    """Estimator -> noise of the task loss's gradient by the parameters of the gates, on one batch:
+    root of the total variance over repeats, as a multiple of the length of the mean gradient."""
+    noise, parameters = {}, list(model.gates.parameters())
+    for estimator in get_args({f.name: f.type for f in fields(Config)}["estimator"]):
+        gradients = []
+        for _ in range(repeats):
+            loss = surrogate(model, network_input(x), y.long(), estimator, budget_weight=0)[0]
+            parts = torch.autograd.grad(loss, parameters)
+            gradients.append(torch.cat([part.flatten() for part in parts]))
+        gradients = torch.stack(gradients)
+        spread = gradients.var(0).sum().sqrt()
+        noise[estimator] = (spread / gradients.mean(0).norm()).item()
+    return noise
+
+
+def draw(path, cfg, data, model, result, gates, sweep, control):
+    """How often gates are open, by class; what they buy; who uses the fewest and the most."""
+    figure, y = Figure(figsize=(13, 8), layout="constrained"), data.test[1].cpu().numpy()
+    top, bottom = figure.subfigures(2, 1, height_ratios=(3, 2))
+    rate, curve, spread = top.subplots(1, 3)
+    by_gate = gates.transpose(0, 2, 1, 3).reshape(len(y) * gates.shape[2], -1)      # (N * R, L * U)
+    if cfg.text:
+        kind = data.test[0].cpu().numpy().flatten()
+        groups = np.argsort(-np.bincount(kind), kind="stable")[:16]
+        names = [repr(chr(code))[1:-1].replace(" ", "space") for code in groups]
+    else:
+        kind, groups, names = y.repeat(gates.shape[2]), range(10), NAMES[cfg.dataset]
+    shares = [by_gate[kind == group].mean(0) for group in groups]
+    image = rate.imshow(shares, vmin=0, vmax=1, aspect="auto")
+    top.colorbar(image, ax=rate, label="share open")
+    units = gates.shape[3]
+    rate.set(title="How often each gate is open", yticks=range(len(names)), yticklabels=names,
+             xticks=np.arange(cfg.depth) * units + (units - 1) / 2,
+             xticklabels=[f"block {layer + 1}" for layer in range(cfg.depth)])
+    quality = "loss" if cfg.text else "accuracy"
+
+    def point(r):
+        return (r["macs"].mean() / model.dense_macs,
+                (r["loss"] if cfg.text else r["prediction"] == y).mean())
+
+    curve.plot(*zip(*map(point, sweep.values())), "o-", label="learned gates")
+    curve.plot(*zip(*map(point, control.values())), "s--", label="random, as often open")
+    for twin in Path(cfg.out, "logs", path.parent.name).glob("relu_sparsity-s*.npz"):
+        static = json.loads(str(np.load(twin)["meta"]))["full"][quality]
+        curve.plot(1, static, "k*", label=f"static twin, {twin.stem.split('-')[-1]}")
+    curve.set(xlabel="MACs / dense MACs", ylabel=quality, title="Quality against compute")
+    curve.legend()
+    spent = result["macs"] / model.dense_macs
+    right = (result["prediction"] == y).reshape(len(y), -1).mean(1) > 0.5
+    spread.hist([spent[right], spent[~right]], 40, stacked=True,
+                label=["mostly right", "mostly wrong"] if cfg.text else ["right", "wrong"])
+    spread.set(title=f"MACs of the examples, mean {spent.mean():.3f}", xlabel="MACs / dense MACs",
+               ylabel="windows" if cfg.text else "images")
+    spread.legend()
+
+    order, most = np.argsort(result["macs"], kind="stable"), result["token_macs"].max()
+    for row, ranked in zip(bottom.subplots(2, 3 if cfg.text else 10), (order, order[::-1])):
+        for column, axis in enumerate(row):
+            i = ranked[column] if cfg.text else ranked[y[ranked] == column][0]
+            name = "" if cfg.text else NAMES[cfg.dataset][column]
+            draw_tokens(axis, data.test[0][i].cpu().numpy(), result["token_macs"][i], most,
+                        f"{name} {spent[i]:.2f}")
+    figure.savefig(path, dpi=120)
+
+
+def main(cfg):
+    """Train, calibrate the threshold, skip, compare with chance, log what every example costs."""
+    log, picture = output_path(cfg, "logs", ".npz"), output_path(cfg, "figures", ".png")
+    print(f"{cfg.dataset}, size {cfg.size}, on {cfg.device}, seed {cfg.seed}")
+    torch.manual_seed(cfg.seed)
+    data = load_data(cfg)
+    model = Model(cfg).to(cfg.device)
+    if not 0 <= model.target <= 1:
+        raise UserError(f"--budget {cfg.budget} cannot be: with all gates closed it is "
+                        f"{model.fixed / model.dense_macs:.3f}, and 1 is the most")
+    seconds = train(model, data, cfg, objective)
+
+    trained = evaluate(model.masked, data.calibration, 0.0)["macs"].mean() / model.dense_macs
+    threshold, thresholds = calibrate(model, data.calibration, cfg.budget)
+    result = evaluate(model.skipping, data.test, threshold)
+    sweep = {t: evaluate(model.masked, data.test, t) for t in tqdm(thresholds, "sweep")}
+    control = {}
+    for t in tqdm([*thresholds[::2], threshold], "random gates"):
+        gates = policies(model, data.test, t)                                   # (N, L, R, U)
+        control[t] = evaluate(random_gates(model, gates.mean((0, 2)), cfg.seed), data.test, t)
+    y, rates = data.test[1].cpu().numpy(), gates.mean((0, 2)).flatten()         # of every gate
+    kind = data.test[0].cpu().numpy().flatten() if cfg.text else y.repeat(gates.shape[2])
+    bits = mutual_information(gates.transpose(0, 2, 1, 3).reshape(len(kind), -1), kind)
+    learned = dict(
+        rates=gates.mean((0, 2)).tolist(), always_open=float((rates > 0.99).mean()),
+        always_closed=float((rates < 0.01).mean()),
+        policies=len(np.unique(np.packbits(gates.reshape(len(gates), -1), axis=1), axis=0)),
+        bits_about_class=bits.tolist(), budget_at_zero=float(trained),
+        random_accuracy=float((control[threshold]["prediction"] == y).mean()),
+        random_loss=float(control[threshold]["loss"].mean()),
+        gradient_noise=gradient_noise(model, *(part[:100] for part in data.calibration)))
+    times = wall_clock(model, data.test[0], threshold, cfg)
+    meta = save_log(log, cfg, data, model, cfg.budget, threshold, result, sweep,
+                    train_seconds=seconds, wall_clock=times, gates=learned)
+    draw(picture, cfg, data, model, result, gates, sweep, dict(sorted(
+        control.items(), key=lambda item: item[1]["macs"].mean())))
+
+    print(f"gates: {learned['always_open']:.2f} always open, {learned['always_closed']:.2f} always "
+          f"closed; {learned['policies']} different policies; the gate that knows most tells "
+          f"{bits.max():.3f} bits about the {'character read' if cfg.text else 'class'}")
+    print(f"random gates, as often open: accuracy {learned['random_accuracy']:.4f}, loss "
+          f"{learned['random_loss']:.4f}; at threshold 0 the gates spend {trained:.3f}")
+    print("noise of the gates' gradient, in lengths of the mean:",
+          ", ".join(f"{name} {value:.2f}" for name, value in learned["gradient_noise"].items()))
+    report(meta, log, picture)
+
+
+if __name__ == "__main__":
+    command_line(main)
