@@ -34,8 +34,7 @@ Measured with --size small, seed 0, two cores of an AMD EPYC with bf16 (CIFAR-10
                accuracy of equal weights had been seen (one run each): read it with that in mind.
   shakespeare  full model 1.768 nats; at 0.70 of the MACs 1.813, in 0.84 of the time for 256
                windows, 1.41 of it for one. WORSE than all leaving at the second head (1.771 at
-               0.51), probably because training never shows the upper layers the copied states of
-               characters that left. The static twin has 1.748.
+               0.51). The static twin has 1.748.
 
 Papers: Teerapittayanon et al. 2016, BranchyNet; Huang et al. 2018, MSDNet (anytime and budgeted
 evaluation); Scardapane et al. 2020, Differentiable Branching; Schuster et al. 2022, CALM.
@@ -678,12 +677,13 @@ def calibrate(model, split, budget=None, points=9):
         sweep = in_order()
         if budget is None:
             return None, sweep
-        for _ in range(25):                                 # the budget: bisection
+        for i in range(25):                                 # the budget: secant, bisection by turns
             if min(abs(share - budget) for share in spent.values()) < 0.002:
                 break
             low, high = next(pair for pair in itertools.pairwise(in_order())
                              if spent[pair[1]] >= budget)
-            probe((low + high) / 2)
+            part = 0.5 if i % 2 else (budget - spent[low]) / (spent[high] - spent[low])
+            probe(low + part * (high - low))
     best = min(spent, key=lambda threshold: abs(spent[threshold] - budget))
     if abs(spent[best] - budget) > 0.02:
         print(f"no threshold spends {budget}: the nearest spends {spent[best]:.3f}")
@@ -818,13 +818,20 @@ def draw_tokens(axis, x, values, most, title):
 
 @torch.no_grad()
 def every_exit(model, split):
-    """All heads on everything, no one leaving -> correct and loss, (L, N) or (L, N, T)."""
-    correct, loss = [], []
+    """All heads on everything, no one leaving -> correct, loss and certainty, (L, N[, T]) each."""
+    parts = []
     for x, y in zip(split[0].split(100), split[1].split(100)):
-        exits = model.all_answers(network_input(x))[0]
-        correct.append(exits.argmax(-1) == y)
-        loss.append(torch.stack([cross_entropy(logits, y) for logits in exits]))
-    return torch.cat(correct, 1).cpu().numpy(), torch.cat(loss, 1).cpu().numpy()
+        exits, sure = model.all_answers(network_input(x))
+        loss = torch.stack([cross_entropy(logits, y) for logits in exits])
+        parts.append((exits.argmax(-1) == y, loss, sure))
+    return [torch.cat(part, 1).cpu().numpy() for part in zip(*parts)]
+
+
+def gain_by_certainty(loss, sure):
+    """What going on from the first head to the last takes off the loss, by tenth of the first
+    head's certainty, least certain first: loss and sure (L, ...) -> (10,)."""
+    order = np.argsort(sure[0], axis=None, kind="stable")
+    return [part.mean() for part in np.array_split((loss[0] - loss[-1]).flatten()[order], 10)]
 
 
 def certified_threshold(model, split, risk):
@@ -846,11 +853,11 @@ def certified_threshold(model, split, risk):
     return grid[index]
 
 
-def draw(path, cfg, data, model, result, depth, sweep, correct, loss):
-    """Quality against MACs; who leaves where; who leaves first and who last."""
+def draw(path, cfg, data, model, result, depth, sweep, correct, loss, gain):
+    """Quality against MACs; who leaves where, and misses what; who leaves first and who last."""
     figure, y = Figure(figsize=(13, 8), layout="constrained"), data.test[1].cpu().numpy()
     top, bottom = figure.subfigures(2, 1, height_ratios=(3, 2))
-    curve, exits = top.subplots(1, 2)
+    curve, exits, missed = top.subplots(1, 3)
     quality = "loss" if cfg.text else "accuracy"
     earlier_heads = np.arange(cfg.depth) * model.early_head_macs * (cfg.tokens if cfg.text else 1)
     alone = np.array(model.macs_leaving_at) - earlier_heads
@@ -871,6 +878,9 @@ def draw(path, cfg, data, model, result, depth, sweep, correct, loss):
     exits.set(title=f"Who leaves where, at {spent.mean():.2f} of the dense MACs", xlabel="exit",
               ylabel="characters" if cfg.text else "images", xticks=range(1, cfg.depth + 1))
     exits.legend()
+    missed.bar(range(1, 11), gain)
+    missed.set(title="What going on would gain", ylabel="loss, first head minus last",
+               xlabel="tenth by certainty at the first head, most certain last")
 
     order = np.argsort(result["loss"].reshape(len(y), -1).mean(1), kind="stable")
     order = order[np.argsort(result["macs"][order], kind="stable")]     # ties in MACs: by loss
@@ -908,19 +918,21 @@ def main(cfg):
     sweep = {t: evaluate(model.masked, data.test, t) for t in tqdm(thresholds, "sweep")}
     depth = torch.cat([model.decide(network_input(x), threshold)[1]
                        for x in data.test[0].split(100)])
-    correct, loss = every_exit(model, data.test)
+    correct, loss, sure = every_exit(model, data.test)
+    gain = gain_by_certainty(loss, sure)
     times = wall_clock(model, data.test[0], threshold, cfg)
     first = torch.tensor(np.where(correct.any(0), correct.argmax(0), cfg.depth - 1))  # right head
     exits = dict(macs=model.macs_leaving_at,
                  accuracy=correct.reshape(cfg.depth, -1).mean(1).tolist(),
                  loss=loss.reshape(cfg.depth, -1).mean(1).tolist(),
+                 gain_by_certainty=np.array(gain).tolist(),
                  left=torch.bincount(depth.flatten(), minlength=cfg.depth + 1)[1:].tolist(),
                  overthinking=float((correct[:-1].any(0) & ~correct[-1]).mean()),
                  oracle_accuracy=float(correct.any(0).mean()),
                  oracle_budget=model.cost(first + 1)[0].double().mean().item() / model.dense_macs)
     meta = save_log(log, cfg, data, model, budget, threshold, result, sweep, train_seconds=seconds,
                     wall_clock=times, exits=exits)
-    draw(picture, cfg, data, model, result, depth.cpu().numpy(), sweep, correct, loss)
+    draw(picture, cfg, data, model, result, depth.cpu().numpy(), sweep, correct, loss, gain)
 
     for number in range(cfg.depth):
         print(f"exit {number + 1}: MACs {exits['macs'][number] / model.dense_macs:.3f}, accuracy "

@@ -706,12 +706,13 @@ def calibrate(model, split, budget=None, points=9):
         sweep = in_order()
         if budget is None:
             return None, sweep
-        for _ in range(25):                                 # the budget: bisection
+        for i in range(25):                                 # the budget: secant, bisection by turns
             if min(abs(share - budget) for share in spent.values()) < 0.002:
                 break
             low, high = next(pair for pair in itertools.pairwise(in_order())
                              if spent[pair[1]] >= budget)
-            probe((low + high) / 2)
+            part = 0.5 if i % 2 else (budget - spent[low]) / (spent[high] - spent[low])
+            probe(low + part * (high - low))
     best = min(spent, key=lambda threshold: abs(spent[threshold] - budget))
     if abs(spent[best] - budget) > 0.02:
         print(f"no threshold spends {budget}: the nearest spends {spent[best]:.3f}")
@@ -967,8 +968,9 @@ def main(cfg):
     sweep = {t: evaluate(model.masked, data.test, t) for t in tqdm(thresholds, "sweep")}
     control = {}
     for t in tqdm([*thresholds[::2], threshold], "random gates"):
-        gates = policies(model, data.test, t)                                   # (N, L, R, U)
-        control[t] = evaluate(random_gates(model, gates.mean((0, 2)), cfg.seed), data.test, t)
+        rates = policies(model, data.calibration, t).mean((0, 2))               # (L, U)
+        control[t] = evaluate(random_gates(model, rates, cfg.seed), data.test, t)
+    gates = policies(model, data.test, threshold)                               # (N, L, R, U)
     y, rates = data.test[1].cpu().numpy(), gates.mean((0, 2)).flatten()         # of every gate
     kind = data.test[0].cpu().numpy().flatten() if cfg.text else y.repeat(gates.shape[2])
     bits = mutual_information(gates.transpose(0, 2, 1, 3).reshape(len(kind), -1), kind)

@@ -553,12 +553,13 @@ def calibrate(model, split, budget=None, points=9):
         sweep = in_order()
         if budget is None:
             return None, sweep
-        for _ in range(25):                                 # the budget: bisection
+        for i in range(25):                                 # the budget: secant, bisection by turns
             if min(abs(share - budget) for share in spent.values()) < 0.002:
                 break
             low, high = next(pair for pair in itertools.pairwise(in_order())
                              if spent[pair[1]] >= budget)
-            probe((low + high) / 2)
+            part = 0.5 if i % 2 else (budget - spent[low]) / (spent[high] - spent[low])
+            probe(low + part * (high - low))
     best = min(spent, key=lambda threshold: abs(spent[threshold] - budget))
     if abs(spent[best] - budget) > 0.02:
         print(f"no threshold spends {budget}: the nearest spends {spent[best]:.3f}")

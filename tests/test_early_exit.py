@@ -118,7 +118,7 @@ def test_all_heads_train():
                             loss=loss)
         data, model = script.load_data(cfg), script.Model(cfg)
         script.train(model, data, cfg, script.objective)
-        correct, _ = script.every_exit(model, [part[:1000] for part in data.test])
+        correct, *_ = script.every_exit(model, [part[:1000] for part in data.test])
         assert correct.shape == (2, 1000) and correct.mean(1).min() > 0.25
 
 
@@ -162,3 +162,12 @@ def test_certified_threshold_on_a_model():
         script.certified_threshold(model, [part[:50] for part in data.calibration], 0.02)
     few = [part[:300] for part in data.calibration]
     assert script.certified_threshold(model, few, 0.95) == 0.0                  # anything goes
+
+
+def test_gain_by_certainty_by_hand():
+    """20 examples, the surer the less there is to gain: tenths of two."""
+    gain = np.linspace(1.9, 0.0, 20)
+    order = np.random.default_rng(0).permutation(20)                # in no order of certainty
+    loss = np.stack([3 + gain, np.full(20, 3.0)])[:, order]
+    sure = np.stack([np.arange(20) / 20, np.full(20, np.inf)])[:, order]
+    assert script.gain_by_certainty(loss, sure) == pytest.approx(gain.reshape(10, 2).mean(1))
