@@ -1,66 +1,94 @@
-"""The README's table of results, made from the `meta` of logs.
+"""The README's tables of results, made from logs.
 
     python tests/results.py                            # from what is kept in .github/results
-    python tests/results.py --keep logs/cifar10-small  # first keep the meta of these logs there
+    python tests/results.py --keep logs/cifar10-small  # first keep these logs there, made slim
+    python tests/results.py --keep token/logs/cifar10-small --variant "--grain token"
 
-A row is a method; mean over seeds, with the lowest and the highest where there are several.
+A row is a method, or a variant of one; mean over seeds, with the lowest and the highest where there
+are several. Quality at a budget is read off the sweep of thresholds, on the straight line between
+the two points around it.
 """
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 
-KEPT = Path(__file__).resolve().parent.parent / ".github/results"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from compare_rankings import METHODS, find, load, markdown, save_slim, spread     # noqa: E402
+
+KEPT, BUDGETS = ROOT / ".github/results", (0.6, 0.7, 0.85)
 
 
 def keep(folder, variant):
-    """Write the meta of every log in `folder` to KEPT/<dataset>-<size>/<method>[-variant]-s<seed>.json."""
-    for path in sorted(Path(folder).glob("*.npz")):
-        meta = json.loads(str(np.load(path)["meta"]))
-        name = "-".join(filter(None, (meta["method"], variant, f"s{meta['seed']}")))
-        target = KEPT / f"{meta['dataset']}-{meta['size']}" / f"{name}.json"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(meta, indent=1) + "\n")
+    """Slim logs go to KEPT/<dataset>-<size>/; of variants only the meta and the curve, as JSON."""
+    for path in find([folder]):
+        log = load(path)
+        if not variant:
+            save_slim(log, KEPT)
+            continue
+        name = f"{log.meta['method']} {variant} s{log.meta['seed']}".replace(" ", "_")
+        target = KEPT / f"{log.meta['dataset']}-{log.meta['size']}" / f"{name}.json"
+        kept = dict(variant=variant, meta=log.meta, curve=np.round(log.curve, 5).tolist())
+        target.write_text(json.dumps(kept, indent=1) + "\n")
 
 
-def spread(values, digits):
-    text = f"{np.mean(values):.{digits}f}"
-    return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+def quality_at(curve, budget):
+    """curve (2, S): MACs, quality -> quality at that many MACs, NaN outside of the curve."""
+    macs, quality = np.asarray(curve)[:, np.argsort(curve[0], kind="stable")]
+    return np.interp(budget, macs, quality, np.nan, np.nan)
+
+
+def row(name, runs, better, digits):
+    """runs: (meta, curve) of every seed."""
+    def of(values):
+        values = list(values)
+        return "" if np.isnan(values).any() else spread(values, digits)
+
+    time = {b: spread([meta["wall_clock"][f"skipping_ms_batch_{b}"]
+                       / meta["wall_clock"][f"dense_ms_batch_{b}"] for meta, _ in runs])
+            for b in (1, 256)}
+    return [f"`{name}`", str(len(runs)), of(meta["full"][better] for meta, _ in runs),
+            *(of(quality_at(curve, b) for _, curve in runs) for b in BUDGETS),
+            spread([meta["at_budget"]["budget"] for meta, _ in runs], 3),
+            of(meta["at_budget"][better] for meta, _ in runs), time[1], time[256]]
 
 
 def tables():
     """Markdown: one table per data set and size."""
     lines = []
     for folder in sorted(path for path in KEPT.glob("*") if path.is_dir()):
-        runs = {}
+        groups = {}
+        for path in sorted(folder.glob("*.npz")):
+            log = load(path)
+            groups.setdefault(log.meta["method"], []).append((log.meta, log.curve))
+        groups = {name: groups[name] for name in METHODS if name in groups}
         for path in sorted(folder.glob("*.json")):
-            runs.setdefault(path.stem.rsplit("-s", 1)[0], []).append(json.loads(path.read_text()))
-        first = next(iter(runs.values()))[0]
-        better, digits = ("loss", 3) if first["dataset"] in ("shakespeare", "pydoc") else ("accuracy", 4)
-        lines += ["", f"**{folder.name}** ({first['device']}, torch {first['torch']}, dense twin "
-                  f"{first['dense_macs']:,} MACs)", "",
-                  f"| script | seeds | {better}, full model | MACs logged | {better} there | time of "
-                  "`skipping` / dense, batch 1 | batch 256 | training, s | density |", "|" + "---|" * 9]
-        for name, metas in runs.items():
-            ratio = [[m["wall_clock"][f"skipping_ms_batch_{b}"] / m["wall_clock"][f"dense_ms_batch_{b}"]
-                      for m in metas] for b in (1, 256)]
-            lines.append("| " + " | ".join([
-                f"`{name}`", str(len(metas)), spread([m["full"][better] for m in metas], digits),
-                spread([m["at_budget"]["budget"] for m in metas], 3),
-                spread([m["at_budget"][better] for m in metas], digits),
-                spread(ratio[0], 2), spread(ratio[1], 2),
-                spread([m["train_seconds"] for m in metas], 0),
-                spread([m["zeros"]["density"] for m in metas], 3) if "zeros" in metas[0] else ""])
-                + " |")
-    return "\n".join(lines[1:])
+            kept = json.loads(path.read_text())
+            name = f"{kept['meta']['method']} {kept['variant']}"
+            groups.setdefault(name, []).append((kept["meta"], kept["curve"]))
+        metas = [meta for runs in groups.values() for meta, _ in runs]
+        if not metas:
+            continue
+        better, digits = ("loss", 3) if metas[0]["dataset"] in ("shakespeare", "pydoc") else (
+            "accuracy", 4)
+        lines += [f"**{folder.name}** (dense twin {metas[0]['dense_macs']:,} MACs; "
+                  f"{', '.join(sorted({meta['device'] for meta in metas}))}; torch "
+                  f"{metas[0]['torch']})", "",
+                  *markdown(["script", "seeds", f"{better}, full model",
+                             *(f"at {b}" for b in BUDGETS), "MACs as logged", f"{better} there",
+                             "time / dense, batch 1", "batch 256"],
+                            [row(name, runs, better, digits) for name, runs in groups.items()])]
+    return "\n".join(lines).strip()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", metavar="FOLDER", help="a folder of logs whose meta to keep")
-    parser.add_argument("--variant", help="a word for the options they were trained with")
+    parser.add_argument("--keep", metavar="FOLDER", help="a folder of logs to keep")
+    parser.add_argument("--variant", help="the options that these logs were trained with")
     args = parser.parse_args()
     if args.keep:
         keep(args.keep, args.variant)

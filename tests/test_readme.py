@@ -1,15 +1,28 @@
-"""What the README says is what the files say."""
+"""What the README says is what the files say, and what it shows runs."""
 import re
 
-from conftest import NAMES, ROOT
-from results import tables
+import numpy as np
+import pytest
+
+import compare_rankings
+import relu_sparsity
+from conftest import NAMES, ROOT, build, scripts
+from results import quality_at, tables
 
 readme = (ROOT / "README.md").read_text()
+blocks = re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S)
 
 
 def test_tables_are_what_the_command_prints():
     block = re.search(r"<!-- results -->\n(.*?)\n<!-- end -->", readme, re.S)
     assert block and block.group(1).strip() == tables().strip()
+
+
+def test_quality_at_a_budget_by_hand():
+    curve = np.array([[0.9, 0.5, 0.7], [0.8, 0.6, 0.75]])           # in no order
+    assert quality_at(curve, 0.6) == pytest.approx(0.675)
+    assert quality_at(curve, 0.85) == pytest.approx(0.7875)
+    assert np.isnan(quality_at(curve, 0.45)) and np.isnan(quality_at(curve, 0.95))
 
 
 def test_every_command_names_a_script_that_is_there():
@@ -18,9 +31,44 @@ def test_every_command_names_a_script_that_is_there():
     assert {f"{name}.py" for name in NAMES} <= set(re.findall(r"\w+\.py", readme))
 
 
-def test_every_option_in_the_readme_exists():
-    from conftest import scripts
-    options = set(re.findall(r"(?<=[ `])--([a-z-]+)", readme)) - {"help", "keep"}
+def test_every_option_in_the_readme_exists(capsys):
+    options = set(re.findall(r"(?<=[ `])--([a-z-]+)", readme)) - {"help"}
     known = {field.name.replace("_", "-") for script in scripts.values()
              for field in script.fields(script.Config)}
+    source = (ROOT / "compare_rankings.py").read_text()
+    known |= set(re.findall(r'add\("--([a-z-]+)"', source))
     assert options <= known, options - known
+
+
+def test_lines_of_the_scripts_are_counted():
+    for name in (*NAMES, "compare_rankings"):
+        row = next(line for line in readme.splitlines() if line.startswith(f"| `{name}.py` |"))
+        lines = len((ROOT / f"{name}.py").read_text().splitlines())
+        assert row.split("|")[3].strip() == str(lines), name
+
+
+def test_pictures_are_there():
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", readme)
+    assert len(pictures) >= 6 and all((ROOT / path).exists() for path in pictures)
+
+
+@pytest.mark.parametrize("block", [b for b in blocks if "np.load" not in b],
+                         ids=lambda block: re.search(r"from (\w+)", block).group(1))
+def test_lifted_mechanisms_run(block):
+    exec(block, {})
+
+
+def test_a_method_of_your_own(tmp_path, monkeypatch):
+    """The README's example writes a log beside a real one; the comparison takes both."""
+    monkeypatch.chdir(tmp_path)
+    cfg = relu_sparsity.Config(dataset="shapes", size="tiny", device="cpu")
+    model, data = build(relu_sparsity), relu_sparsity.load_data(cfg)
+    result = relu_sparsity.evaluate(model.masked, data.test, 0.0)
+    folder = tmp_path / "logs/shapes-tiny"
+    folder.mkdir(parents=True)
+    relu_sparsity.save_log(folder / "relu_sparsity-s0.npz", cfg, data, model, None, 0.0, result,
+                           {0.0: result}, wall_clock={})
+    block, = (b for b in blocks if "np.load" in b)
+    exec(block, {})
+    logs = compare_rankings.gather(compare_rankings.find([folder]))
+    assert [log.meta["method"] for log in logs] == ["relu_sparsity", "brightness"]
