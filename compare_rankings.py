@@ -9,11 +9,11 @@ about the same examples" to "each has its own opinion of what is hard".
     python compare_rankings.py --train --dataset shapes --size small --seeds 2     # from nothing
     python compare_rankings.py logs/cifar10-small --human cifar10h-counts.npy      # and people
 
-`--train` runs the five scripts for the logs that are missing, one after the other (`--jobs K`: K
-at once), and goes on after a failure; run again, it trains what is still missing. A finished log
-that was trained with other options is refused, never overwritten and never compared by mistake.
-Out come `figures/<dataset>-<size>/report.md`, answer first, and its pictures. A log of your own
-takes part if it follows the schema of the README.
+`--train` runs the five scripts for the logs that are missing (`--jobs K`: K at once), and goes on
+after a failure; run again, it trains what is still missing. A finished log that was trained with
+other options is refused, never overwritten and never compared by mistake. Out come
+`figures/<dataset>-<size>/report.md`, answer first, and its pictures. A log of your own takes part
+if it follows the schema of the README.
 
 The measure is Spearman's rho: the correlation of ranks, where equal costs share the mean of
 their ranks. It is easily misread, so the report always sets it beside
@@ -36,6 +36,8 @@ import importlib
 import itertools
 import json
 import os
+import queue
+import re
 import re
 import subprocess
 import sys
@@ -723,10 +725,11 @@ of the rhos inside each class. *Partial*: correlation of what is left of the ran
 the static network's loss and brightness (images) or the character read, its position and the
 static network's loss (text, per token) are regressed out; *explained* is what that takes away.
 *Hardest 10 %*: share in common of the costliest tenth; ties share their places; chance is 0.10.
-*At {', '.join(f'{b:.2f}' for b in BUDGETS)}*: costs interpolated between neighbouring thresholds of the sweep so that
-their mean is that share of the dense MACs; *not reached*: no threshold of the sweep spends so much, or so
-little. *Sweep average*: mean cost over all thresholds. *Constant*: every example costs the same, so
-there is no ranking. *Unknown*: too few seeds, or reliability not above 0.
+*At {', '.join(f'{b:.2f}' for b in BUDGETS)}*: costs interpolated between neighbouring thresholds
+of the sweep so that their mean is that share of the dense MACs; *not reached*: no threshold of the
+sweep spends so much, or so little. *Sweep average*: mean cost over all thresholds. *Constant*:
+every example costs the same, so there is no ranking. *Unknown*: too few seeds, or reliability not
+above 0.
 """.strip().splitlines()
 
 
@@ -862,6 +865,28 @@ def draw_strips(path, images, labels, share, names, title, count=10):
     parts[3].legend(handles=[Patch(color=colours[n], label=n) for n in names], loc="center",
                     ncols=len(names), frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def draw_one_class(path, logs, images, name, members, title, count=5):
+    """Images (N, 3, 32, 32) of one class, members (n,): a row per method, on the left those that
+    cost it least, on the right those that cost it most, with their MACs."""
+    methods = by_method(logs)
+    figure = Figure(figsize=(1.2 * 2 * count + 1, 1.45 * len(methods) + 0.6), layout="constrained")
+    axes = figure.subplots(len(methods), 2 * count + 1, squeeze=False,
+                           width_ratios=[1] * count + [0.3] + [1] * count)
+    for row, (method, runs) in zip(axes, methods.items()):
+        cost = np.mean([log.macs / log.meta["dense_macs"] for log in runs], 0)[members]
+        order = np.argsort(cost, kind="stable")
+        for axis in row:
+            axis.axis("off")
+        for axis, i in zip([*row[:count], *row[count + 1:]], [*order[:count], *order[-count:]]):
+            axis.imshow(images[members[i]].transpose(1, 2, 0))
+            axis.set_title(f"{cost[i]:.2f}", fontsize=9)
+        row[0].text(-0.15, 0.5, method, transform=row[0].transAxes, rotation=90, fontsize=9,
+                    ha="center", va="center")
+    figure.suptitle(f"{title}: the {name} images that cost each method least, and most "
+                    "(MACs, share of the dense ones)", fontsize=11)
+    figure.savefig(path, dpi=110)
 
 
 def draw_passages(path, characters, share, token_share, names, title):
@@ -1038,6 +1063,9 @@ def compare(logs, args):
     if panels:
         picture("deciles.png", "Compute by difficulty", draw_deciles, logs, panels)
     if images is not None:
+        kind = sorted(set(classes))[len(set(classes)) // 2]         # any class will do
+        picture("one_class.png", "One class: the cheapest and the costliest images", draw_one_class,
+                logs, images, kind, np.flatnonzero(np.array(classes)[first.label] == kind))
         picture("strips.png", "Cheap for all, costly for all, disputed", draw_strips, images,
                 [classes[y] for y in first.label], share, names)
     if any("wall_clock" in log.meta for log in logs):
@@ -1071,9 +1099,9 @@ def compare(logs, args):
 
 def planned(args):
     """The runs that --train asks for -> existing logs, commands {path of the log: command} of the
-    missing ones, and names of scripts that are not there. Raises UserError for a log that was
-    trained with other options."""
-    finished, missing, absent = [], {}, []
+    missing ones, names of scripts that are not there, and the device. Raises UserError for a log
+    that was trained with other options."""
+    finished, missing, absent, device = [], {}, [], "cpu"
     for name in METHODS:
         if not (HERE / f"{name}.py").exists():
             absent.append(name)
@@ -1089,6 +1117,7 @@ def planned(args):
                 cfg = script.Config(seed=seed, **options)
             except script.UserError as e:
                 raise UserError(str(e))
+            device = cfg.device
             path = Path(args.out, "logs", f"{cfg.dataset}-{cfg.size}", f"{name}-s{seed}.npz")
             if path.exists():
                 meta, wanted = load(path).meta, asdict(cfg)
@@ -1105,47 +1134,51 @@ def planned(args):
                 flags = itertools.chain(*((f"--{k}", str(v)) for k, v in options.items()))
                 missing[path] = [sys.executable, str(HERE / f"{name}.py"), "--seed", str(seed),
                                  *flags]
-    return finished, missing, absent
+    return finished, missing, absent, device
 
 
-def run(command, children, show):
-    """Run a script -> its exit status and the end of its output, which is shown while it comes."""
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def run(command, threads, children, lines):
+    """Run a script on so many threads, its progress on one of the free `lines` -> its exit status
+    and the end of what it said."""
+    line, tail = lines.get(), b""
+    threads = {} if "OMP_NUM_THREADS" in os.environ else dict(OMP_NUM_THREADS=str(threads))
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             env=os.environ | threads)
     children.append(child)
-    tail = b""
     while part := os.read(child.stdout.fileno(), 4096):
         tail = (tail + part)[-4000:]
-        if show:
-            sys.stderr.buffer.write(part)
-            sys.stderr.flush()
-    return child.wait(), tail.decode(errors="replace")
+        said = [text for text in re.split("[\r\n]", tail.decode(errors="replace")) if text.strip()]
+        line.set_description_str(f"{Path(command[1]).stem}, seed {command[3]}: {said[-1]}"[:110])
+    line.set_description_str("")
+    lines.put(line)
+    return child.wait(), said[-5:] if tail else ["it said nothing"]
 
 
 def train(args):
     """Run the scripts for the logs that are missing -> paths of all logs that are there, and the
-    number of failures."""
-    paths, missing, absent = planned(args)
+    number of failures. The first bar counts runs, the lines below it are those of the running."""
+    paths, missing, absent, device = planned(args)
     for name in absent:
         print(f"{name}.py is not in {HERE}: left out", file=sys.stderr)
-    failures, children = len(absent), []
-    with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = {pool.submit(run, command, children, args.jobs == 1): path
-                for path, command in missing.items()}
+    cores = os.cpu_count() or 1
+    jobs = max(1, min(args.jobs or (min(cores, 4) if device == "cpu" else 1), len(missing)))
+    failures, children, lines = len(absent), [], queue.SimpleQueue()
+    with ThreadPoolExecutor(jobs) as pool, tqdm(
+            total=len(paths) + len(missing), initial=len(paths), desc="runs", unit="run") as bar:
+        for position in range(jobs):
+            lines.put(tqdm(bar_format="{desc}", position=1 + position, leave=False))
+        running = {pool.submit(run, command, max(1, cores // jobs), children, lines): path
+                   for path, command in missing.items()}
         try:
-            with tqdm(total=len(paths) + len(jobs), initial=len(paths), desc="runs", unit="run",
-                      file=sys.stderr) as bar:
-                print(file=sys.stderr)          # the bar of the child stands below this one
-                for job in as_completed(jobs):
-                    status, tail = job.result()
-                    if status == 0 and jobs[job].exists():
-                        paths.append(jobs[job])
-                    else:
-                        failures += 1
-                        end = [line for line in re.split(r"[\r\n]+", tail) if line.strip()]
-                        tqdm.write(f"{jobs[job].stem} failed (exit status {status}):\n"
-                                   + textwrap.indent("\n".join(end[-5:]), "    "), sys.stderr)
-                    bar.update()
-                    print(file=sys.stderr)
+            for job in as_completed(running):
+                (status, said), path = job.result(), running[job]
+                if status == 0 and path.exists():
+                    paths.append(path)
+                else:
+                    failures += 1
+                    tqdm.write(f"{path.stem} failed (exit status {status}):\n"
+                               + textwrap.indent("\n".join(said), "    "), sys.stderr)
+                bar.update()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in children:
@@ -1178,8 +1211,8 @@ def main(args):
     if not args.logs and not args.train:
         inventory(args)
         return 0
-    if min(args.seeds, args.jobs) < 1:
-        raise UserError("--seeds and --jobs must be at least 1")
+    if args.seeds < 1 or args.jobs < 0:
+        raise UserError("--seeds must be at least 1, --jobs not negative")
     if args.budget is not None and not 0 < args.budget <= 1:
         raise UserError("--budget is a share of the dense MACs, above 0 and up to 1")
     paths, failures = find(args.logs), 0
@@ -1219,7 +1252,8 @@ def command_line():
     add("--steps", type=int, help="with --train: stop each run after so many steps")
     add("--epochs", type=float, help="with --train: passes over the training split")
     add("--device", help="with --train: cpu or cuda")
-    add("--jobs", type=int, default=1, help="with --train: runs at once")
+    add("--jobs", type=int, default=0, help="with --train: runs at once; 0: one on a GPU, else one "
+        "for each core, up to four")
     try:
         sys.exit(main(parser.parse_args()))
     except (UserError, OSError) as e:

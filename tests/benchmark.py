@@ -1,51 +1,148 @@
-"""Time and MACs of `skipping` against the dense twin, for every script that is there.
+"""Speed and memory of the scripts, as ratios to the dense twin. Three tables, or one of them:
 
-    python tests/benchmark.py [--size small] [--log-folder logs/cifar10-small]
+    python tests/benchmark.py                       # skipping against the dense twin, in time and MACs
+    python tests/benchmark.py --table training      # examples/s and memory of training against the twin's
+    python tests/benchmark.py --table experts       # the experts' layer against dense MLPs
 
-Without logs the models are untrained and their threshold spends the default budget on random input;
-with a folder of logs the figures are those that the scripts measured and logged after training.
-Medians, float32, both runs by turns in one process; machines are noisy, so read the ratios.
+Models are untrained; their threshold spends about the middle of what it can on random input. Medians
+of runs by turns in one process (memory: a process for each); machines are noisy, so read the ratios.
 """
 import argparse
-import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
-from conftest import NAMES, ROOT, build, inputs, scripts, thresholds
+from conftest import NAMES, build, inputs, scripts, thresholds
+
+moe = scripts["moe"]
+DATASETS = ("shapes", "pydoc")
 
 
-def measure(name, dataset, size):
-    script, x = scripts[name], inputs(dataset, size, 512)
-    model = build(script, dataset, size)
+def print_row(*cells):
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def stored(x):
+    """Inputs as a Data holds them."""
+    return (x * 0.25 + 0.47).clamp(0, 1).mul(255).byte() if x.ndim == 4 else x.byte()
+
+
+def skipping(size):
+    """MACs and milliseconds of `skipping` against the twin's forward pass, as the scripts log it."""
+    print_row("script", "data", "MACs / dense", "dense ms, batch 1", "skipping / dense",
+              "dense ms, batch 256", "skipping / dense")
+    print_row(*["---"] * 7)
+    for name in NAMES:
+        for dataset in DATASETS:
+            script, x = scripts[name], inputs(dataset, size, 512)
+            model = build(script, dataset, size)
+            cfg = script.Config(dataset=dataset, size=size, device="cpu")
+            threshold = model.full if name == "relu_sparsity" else thresholds(model, x, (0.5,))[0]
+            labels = torch.zeros(512, *([cfg.tokens] * cfg.text)).byte()
+            macs = script.evaluate(model.skipping, (stored(x), labels), threshold)["macs"].mean()
+            ms = script.wall_clock(model, stored(x), threshold, cfg)
+            cells = [f"{ms[f'{run}_ms_batch_{b}'] / (1 if run == 'dense' else ms[f'dense_ms_batch_{b}']):.2f}"
+                     for b in (1, 256) for run in ("dense", "skipping")]
+            print_row(name, dataset, f"{macs / model.dense_macs:.3f}", *cells)
+
+
+def step_of(name, dataset, size):
+    """A function that takes one training step, and how many examples that is."""
+    script = scripts[name]
     cfg = script.Config(dataset=dataset, size=size, device="cpu")
-    threshold = model.full if name == "relu_sparsity" else thresholds(model, x, (0.5,))[0]
-    stored = (x * 0.25 + 0.47).clamp(0, 1).mul(255).byte() if x.ndim == 4 else x.byte()
-    macs = script.evaluate(model.skipping, (stored, torch.zeros(512, *([64] * (x.ndim == 2))).byte()),
-                           threshold)["macs"].mean() / model.dense_macs
-    return macs, script.wall_clock(model, stored, threshold, cfg)
+    model, x = build(script, dataset, size).train(), inputs(dataset, size, cfg.batch)
+    y = torch.randint(10, (cfg.batch, cfg.tokens) if cfg.text else (cfg.batch,))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+    bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = script.objective(model, x, y)[0]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return step, cfg.batch
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="small", choices=("tiny", "small", "base"))
-    parser.add_argument("--log-folder", help="print what the logs in this folder measured instead")
-    args = parser.parse_args()
-    print("| script | data | MACs / dense | dense ms, batch 1 | skipping / dense | dense ms, batch 256 "
-          "| skipping / dense |\n|---|---|---|---|---|---|---|")
-    rows = []
-    if args.log_folder:
-        for path in sorted((ROOT / args.log_folder).glob("*.npz")):
-            meta = json.loads(str(np.load(path)["meta"]))
-            rows.append((path.stem, meta["dataset"], meta["at_budget"]["budget"], meta["wall_clock"]))
-    else:
-        rows = ((n, d, *measure(n, d, args.size)) for n in NAMES for d in ("shapes", "pydoc"))
-    for name, dataset, macs, ms in rows:
-        pairs = [(ms[f"dense_ms_batch_{b}"], ms[f"skipping_ms_batch_{b}"]) for b in (1, 256)]
-        columns = [f"{dense:.2f} | {skipping / dense:.2f}" for dense, skipping in pairs]
-        print(f"| {name} | {dataset} | {macs:.3f} | {' | '.join(columns)} |", flush=True)
+def training(size):
+    """Examples/s of a training step, against the static twin's (relu_sparsity trains just that), and
+    the most memory that a process needs which takes three of them."""
+    print_row("script", "data", "examples/s", "of the twin's", "peak memory, MB", "of the twin's")
+    print_row(*["---"] * 6)
+    for dataset in DATASETS:
+        steps = {name: step_of(name, dataset, size) for name in NAMES}
+        seconds, memory = {name: [] for name in NAMES}, {}
+        for i in range(3 + 10):
+            for name, (step, _) in steps.items():
+                start = time.perf_counter()
+                step()
+                seconds[name].append(time.perf_counter() - start)
+        for name in NAMES:
+            command = [sys.executable, __file__, "--size", size, "--memory-of", name, dataset]
+            memory[name] = int(subprocess.check_output(command))
+        speed = {name: steps[name][1] / np.median(seconds[name][3:]) for name in NAMES}
+        for name in NAMES:
+            print_row(name, dataset, f"{speed[name]:.0f}", f"{speed[name] / speed['relu_sparsity']:.2f}",
+                      f"{memory[name]:,}", f"{memory[name] / memory['relu_sparsity']:.2f}")
+
+
+def experts(size, repeats=20):
+    """`dispatch` and its router, forward and backward in float32, against the dense MLP of as many MACs
+    and that of as many parameters, at the default options and the load of the default budget."""
+    print_row("data", "tokens", "layer", "forward ms", "forward and backward ms",
+              "of the dense of equal MACs")
+    print_row(*["---"] * 6)
+    for dataset in DATASETS:
+        model = moe.Model(moe.Config(dataset=dataset, size=size, device="cpu"))
+        block, router, (C, E, h) = model.twin.blocks[0], model.routers[0], (
+            model.twin.width, model.experts, model.hidden)
+        same_macs = round(model.k * h + E / 2)              # its router counts, too
+        for tokens in (4096, 16384):
+            x = torch.randn(tokens, C, requires_grad=True)
+            needed = moe.need(router(x).softmax(-1).detach(), "top_p")
+            chosen = needed < moe.threshold_for(needed, model.k)
+
+            def routed(x):
+                p = router(x).softmax(-1)
+                moe.need(p.detach(), "top_p")
+                return moe.dispatch(x, p * chosen, block.up, block.down)
+
+            runs = {f"dense, {name}": nn.Sequential(nn.Linear(C, n), nn.ReLU(), nn.Linear(n, C))
+                    for name, n in (("equal MACs", same_macs), ("equal parameters", E * h))}
+            runs["experts"], seconds = routed, {}
+            for i in range(3 + repeats):
+                for name, run in runs.items():
+                    start = time.perf_counter()
+                    y = run(x)
+                    middle = time.perf_counter()
+                    y.square().sum().backward()
+                    seconds.setdefault(name, []).append((middle - start, time.perf_counter() - start))
+            medians = {name: 1000 * np.median(s[3:], 0) for name, s in seconds.items()}
+            for name, (forward, both) in medians.items():
+                print_row(dataset, f"{tokens:,}", name, f"{forward:.2f}", f"{both:.2f}",
+                          f"{both / medians['dense, equal MACs'][1]:.2f}")
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    tables = dict(skipping=skipping, training=training, experts=experts)
+    parser.add_argument("--table", choices=tables, default="skipping")
+    parser.add_argument("--size", default="small", choices=("tiny", "small", "base"))
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory_of:
+        step = step_of(*args.memory_of, args.size)[0]
+        for _ in range(3):
+            step()
+        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())   # Linux only
+        print(int(peak[1]) // 1024)
+    else:
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+        tables[args.table](args.size)

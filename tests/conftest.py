@@ -39,6 +39,25 @@ def run(monkeypatch, tmp_path_factory, capsys):
     return run_command
 
 
+@pytest.fixture
+def shorten(monkeypatch):
+    """shorten(script, count): its runs calibrate and test on so many examples, and time nothing."""
+    def shorten_script(script, count):
+        load = script.load_data
+
+        def load_few(cfg):
+            data = load(cfg)
+            few = {name: tuple(part[:count] for part in getattr(data, name))
+                   for name in ("calibration", "test")}
+            known = None if data.difficulty is None else data.difficulty[:count]
+            return data._replace(difficulty=known, **few)
+
+        monkeypatch.setattr(script, "load_data", load_few)
+        monkeypatch.setattr(script, "wall_clock", lambda *arguments: {
+            f"{run}_ms_batch_{batch}": 1.0 for run in ("dense", "skipping") for batch in (1, 256)})
+    return shorten_script
+
+
 def build(script, dataset="shapes", size="tiny", seed=0, **options):
     """An untrained Model in evaluation mode, whose batch norms have seen data and whose biases are
     not zero and whose gates see their input, so that nothing is right by accident."""

@@ -506,7 +506,8 @@ def test_train_from_nothing_and_resume(run, tmp_path, monkeypatch):
     assert "early_exit-s0 failed (exit status 2):\n    early_exit.py: no luck" in errors
     for absent in FIVE[2:]:
         assert f"{absent}.py is not in" in errors
-    assert "runs:" in errors and "train:" in errors and "Traceback" not in errors       # both bars
+    assert "runs:" in errors and "Traceback" not in errors                          # the bar of the runs,
+    assert "relu_sparsity, seed 0: train:" in errors                                # and those below it
 
     (tmp_path / "early_exit.py").write_text(source)
     kept = {path: path.stat().st_mtime_ns for path in logs.iterdir()}
