@@ -9,18 +9,19 @@ y_0 is the output bias alone, y_N the whole MLP: the static network and nothing 
 reads each token's input x and says how many of its learners to run, from none to all, in each
 layer. So the count of learners is a fine and ordered measure of the compute that a token needs.
 
-Training, `--phases`. Those named share the epochs that the static twin trains for.
+Training, `--phases`. Those named share the epochs that the static twin trains for. The default is
+3 alone, from random weights; 0123 is the known recipe, which distils a trained network first.
   0  dense      the twin, as ever. Then neurons are sorted, those that contribute most first
   1  distil     learners learn to stand in for the trained MLPs, on the dense network's own inputs.
                 Learner n corrects y_(n-1), which is held fixed: it learns from its own prefix only
   2  gates      label of a token: the smallest k after which the next learner lowers the error
                 |y_k - y|^2 by less than a factor of 1.2; from 0, not one is worth it, to N, all are
-  3  fine-tune  everything, with counts sampled by the gates. A learner's neurons are multiplied by
+  3  by task    everything, with counts sampled by the gates. A learner's neurons are multiplied by
                 the sample's one or zero, which has the gradient of its relaxation (Gumbel-softmax),
                 so that the loss tells gates what a learner is worth. Three terms are added:
                 (mean MACs - budget)^2, minus the entropy of the counts, so that all are in use,
-                minus the mean difference between two examples' counts, so that examples differ
-`--phases 3` is training from scratch: no teacher, the same number of steps.
+                minus the mean difference between two examples' counts, so that examples differ.
+                An eighth of the examples runs all learners, so that these are trained, too
 
 After training nothing is sampled: learner n runs where the gate's P(count >= n) > threshold.
 
@@ -79,7 +80,7 @@ class Config:
     # === end shared ===
     budget: float = 0.7      # mean MACs per example to aim at, as a share of the dense twin's
     learners: int = 4        # slices of an MLP's neurons, run one after the other
-    phases: str = "0123"     # of training: 0 dense, 1 distil, 2 gates, 3 fine-tune; any, in order
+    phases: str = "3"        # of training: 0 dense, 1 distil, 2 gates, 3 by the task; any, in order
 
     def __post_init__(self):
         resolve(self)
@@ -110,8 +111,10 @@ def at_least(p):
 
 
 def sampled(layer, z):
-    """Gate logits z (..., N + 1) -> which learners run (..., N), in training."""
-    return at_least(gumbel_softmax(z, temperature=0.8))
+    """Gate logits z (B, ..., N + 1) -> which learners run (B, ..., N), in training. An eighth of
+    the batch, its first, runs all: else nothing above the budget would be trained."""
+    runs, whole = at_least(gumbel_softmax(z, temperature=0.8)), len(z) // 8
+    return torch.cat([torch.ones_like(runs[:whole]), runs[whole:]])
 
 
 def above(threshold):
@@ -183,7 +186,7 @@ class Model(nn.Module):
     def forward(self, x):
         """x -> logits with sampled counts, and the three terms beside the task, weighted."""
         logits, runs = self.run(x, sampled)
-        return logits, self.terms(runs)
+        return logits, self.terms(runs[len(x) // 8:])
 
     def spent(self, runs):
         """Runs (B, T, L, N) of zeros and ones -> mean MACs as a share of the dense ones."""
@@ -283,7 +286,7 @@ def fit_gates(model, x, y, teacher):
 def objective(model, x, y):
     """Phase 3: the training loss, and what the progress bar shows."""
     logits, runs = model.run(x, sampled)
-    loss = cross_entropy(logits, y).mean()
+    loss, runs = cross_entropy(logits, y).mean(), runs[len(x) // 8:]
     accuracy = (logits.argmax(-1) == y).float().mean()
     return loss + model.terms(runs), dict(loss=loss, accuracy=accuracy, macs=model.spent(runs))
 
@@ -962,7 +965,7 @@ def main(cfg):
     phase("1", "distil", functools.partial(distil, teacher=teacher))
     phase("2", "gates", functools.partial(fit_gates, teacher=teacher))
     taught = error_table(model, teacher, data.calibration)
-    phase("3", "fine-tune", objective)
+    phase("3", "by the task", objective)
 
     threshold, thresholds = calibrate(model, data.calibration, cfg.budget)
     result = evaluate(model.skipping, data.test, threshold)

@@ -538,6 +538,7 @@ class Config:
     out: str
     seed: int
     size: str = "tiny"
+    device: str = "cpu"
 if __name__ == "__main__":
     print("child", flush=True)
     time.sleep(100)

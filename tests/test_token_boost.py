@@ -284,7 +284,7 @@ def test_a_trained_model_boosts_and_meets_its_budget(small_data, run, tmp_path, 
                                   "--steps", "800", "--batch", "32", "--budget", "0.8", "--phases", "0123",
                                   cwd=tmp_path)
     assert status == 0, errors[-2000:]
-    for name in ("phase 0: dense", "phase 1: distil", "phase 2: gates", "phase 3: fine-tune"):
+    for name in ("phase 0: dense", "phase 1: distil", "phase 2: gates", "phase 3: by the task"):
         assert name in errors
     meta = json.loads(str(np.load(tmp_path / "logs/shapes-tiny/token_boost-s0.npz")["meta"]))
     learned = meta["learners"]
