@@ -880,7 +880,7 @@ def draw(path, cfg, data, model, result, depth, sweep, correct, loss, gain):
     exits.legend()
     missed.bar(range(1, 11), gain)
     missed.set(title="What going on would gain", ylabel="loss, first head minus last",
-               xlabel="tenth by certainty at the first head, most certain last")
+               xlabel="tenth by certainty of the first head")
 
     order = np.argsort(result["loss"].reshape(len(y), -1).mean(1), kind="stable")
     order = order[np.argsort(result["macs"][order], kind="stable")]     # ties in MACs: by loss
