@@ -168,14 +168,14 @@ def test_agreement_by_hand():
     rho = np.array([[1, .64, .9, .3], [.64, 1, .5, .9], [.9, .5, 1, .25], [.3, .9, .25, 1]])
     a = script.agreement(rho, [0, 0, 1, 1], [0, 1, 0, 1])
     assert np.allclose(a.raw, [[.64, .4], [.4, .25]]) and np.allclose(a.low[0, 1], .3)
-    assert np.allclose(a.high[0, 1], .5) and np.allclose(a.full[0, 1], .4 / (.8 * .5))
+    assert np.allclose(a.high[0, 1], .5) and np.allclose(a.disattenuated[0, 1], .4 / (.8 * .5))
     single = script.agreement(rho[1:3, 1:3], [0, 1], [1, 0])        # one seed each, different ones
-    assert single.raw[0, 1] == .5 and np.isnan(single.full[0, 1]) and np.isnan(single.raw[0, 0])
+    assert single.raw[0, 1] == .5 and np.isnan(single.disattenuated[0, 1]) and np.isnan(single.raw[0, 0])
     assert np.isnan(script.agreement(rho[:2, :2], [0, 1], [0, 0]).raw).all()
     known = script.agreement(rho[:3, :3], [0, 0, 1], [0, 1, -1], {1: 1.0})
-    assert np.isclose(known.full[0, 1], .7 / .8)
+    assert np.isclose(known.disattenuated[0, 1], .7 / .8)
     stack = script.agreement(np.stack([rho, rho]), [0, 0, 1, 1], [0, 1, 0, 1])
-    assert stack.full.shape == (2, 2, 2) and np.allclose(stack.full[1], a.full)
+    assert stack.disattenuated.shape == (2, 2, 2) and np.allclose(stack.disattenuated[1], a.disattenuated)
 
 
 def test_costs_at_a_budget():
@@ -218,10 +218,10 @@ def test_the_true_agreement_is_recovered(shared, own, same_seed, tmp_path):
     paths = simulate(tmp_path, FIVE[1:4], N=4000, shared=shared, own=own, same_seed=same_seed, ties=())
     table = script.rankings(script.gather(paths), lambda log: log.macs)
     found = script.study(table, [], [], None, 200)
-    low, high = np.percentile(script.typical(found["interval"].full, range(3))[0], [2.5, 97.5])
+    low, high = np.percentile(script.typical(found["interval"].disattenuated, range(3))[0], [2.5, 97.5])
     truth = spearman_of_normals(shared) / spearman_of_normals(shared + own)
     assert low < truth < high and high - low < 0.12
-    assert script.typical(found["all"].full, range(3))[0] == pytest.approx(truth, abs=0.05)
+    assert script.typical(found["all"].disattenuated, range(3))[0] == pytest.approx(truth, abs=0.05)
     if same_seed:
         rho = script.correlate(script.ranked(table.columns))
         trapped = np.mean([rho[i, 3 + i] for i in range(3)])
@@ -368,6 +368,35 @@ def test_a_log_of_ones_own(run, tmp_path, monkeypatch):
     assert status == 0 and "early_exit and my_method" in printed, errors
 
 
+def test_what_cannot_be_told_is_left_out_by_name(run, tmp_path, monkeypatch):
+    """Two methods with seed 0 only and one with two: the answer says how many pairs it is about, every
+    budget is told by the same kind of rho, and no NaN is printed."""
+    few_samples(monkeypatch)
+    simulate(tmp_path, FIVE[1:3], [0])
+    simulate(tmp_path, FIVE[:1], range(2))
+    status, printed, errors = run(tmp_path)
+    report = (tmp_path / "figures/cifar10-tiny/report.md").read_text()
+    assert status == 0 and "rankings is" in printed and "(2 of 3 pairs: " in printed, errors
+    assert "| early_exit, gumbel_gates | unknown | unknown |" in report and "nan" not in report
+    assert "## At other budgets\n\nRaw rho:" in report
+
+
+def test_ceilings_of_opposite_rankings(run, tmp_path, monkeypatch):
+    """Where rho is negative, the ceiling is the lowest that ties allow: the share stays positive."""
+    few_samples(monkeypatch)
+    logs = script.gather(simulate(tmp_path, FIVE[:2], range(2), shared=0.6, flipped=FIVE[:1]))
+    found = script.study(script.rankings(logs, lambda log: log.macs), [], [], None, 2)
+    rho, ceiling = found["all"].raw[0, 1], found["ceiling"][0, 1]
+    assert rho < -0.3 and ceiling < -0.9 and 0 < rho / ceiling < 1
+
+
+def test_spread_and_what_cannot_be_told():
+    assert script.spread([0.5]) == "0.50" and script.spread([-0.001, 0.001]) == "0.00 (0.00 to 0.00)"
+    assert script.spread([np.nan, 1]) == "unknown" == script.between(np.nan, 0, 1)
+    assert script.between(0.5, np.nan, 1) == "0.50"
+    assert script.between(0.5, 0, 1, 1, "[]") == "0.5 [0.0 to 1.0]"
+
+
 # --- Refusals -----------------------------------------------------------------------------------------------
 
 def swap(a, i=0, j=1):
@@ -413,10 +442,10 @@ def break_log(what):
 
 
 @pytest.mark.parametrize("what, message", (
-    ("split", "other test splits"), ("data set", "other data sets"),
-    ("order", "not in the order of the test split"), ("permuted", "labels are not those of"),
+    ("split", "its test split is not that of"), ("data set", "(cifar10, not shapes)"),
+    ("order", "not in the order of the test split"), ("permuted", "order of labels is not that of"),
     ("schema", "unknown schema"), ("missing", "dense_macs, sweep_macs"),
-    ("shape", "loss has shape"), ("fewer", "1500 examples, 1499"), ("NaN", "loss holds NaN"),
+    ("shape", "loss has shape"), ("fewer", "examples is not that of"), ("NaN", "loss holds NaN"),
     ("words", "loss is not numeric"), ("one method", "at least two"), ("twice", "the same method and seed"),
     ("skip", "at least two")))
 def test_refusals(what, message, run, tmp_path):
@@ -476,7 +505,7 @@ def test_without_arguments_it_says_what_to_do(run, tmp_path):
     assert "--train --dataset shapes --size small --seeds 2" in printed
     (tmp_path / "logs/cifar10-tiny").mkdir(parents=True)
     simulate(tmp_path / "logs/cifar10-tiny", FIVE[:2], range(2), N=50)
-    assert "logs/cifar10-tiny: early_exit seeds 0, 1; relu_sparsity seeds 0, 1" in run()[1]
+    assert "logs/cifar10-tiny: early_exit-s0, early_exit-s1, relu_sparsity-s0, relu_sparsity-s1" in run()[1]
     assert "python compare_rankings.py logs/cifar10-tiny" in run()[1]
 
 
