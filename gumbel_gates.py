@@ -96,19 +96,21 @@ class Config:
 # U gates of a block, R rows of gates for an example: T where every token has its own, else 1.
 
 
-def gumbel_softmax(scores, temperature=1.0):
+# === shared: gumbel softmax ===
+def gumbel_softmax(scores, temperature):
     """One of k choices, drawn with the probabilities softmax(scores): (..., k) -> one-hot (..., k),
     with the gradient of the relaxed sample softmax((scores + noise) / temperature)."""
     noise = -torch.empty_like(scores).exponential_().log()      # Gumbel = -log(Exponential)
     soft = ((scores + noise) / temperature).softmax(-1)
     hard = F.one_hot(soft.argmax(-1), scores.shape[-1]).to(soft.dtype)
     return hard + (soft - soft.detach())                        # straight through: 0 is added
+# === end shared ===
 
 
 def sample(z, estimator):
     """Scores z (...) -> gates (...) of zeros and ones, open with probability sigmoid(z)."""
     if estimator == "gumbel":       # k = 2: the difference of two Gumbels is logistic noise on z
-        return gumbel_softmax(torch.stack([z, torch.zeros_like(z)], -1))[..., 0]
+        return gumbel_softmax(torch.stack([z, torch.zeros_like(z)], -1), temperature=1.0)[..., 0]
     p = z.sigmoid()
     if estimator == "sigmoid_st":                               # not sampled: open where p > 1/2
         return (z > 0).to(p.dtype) + (p - p.detach())

@@ -35,7 +35,8 @@ Paper: Wójcik et al. 2023, Adaptive Computation Modules. Deviations: (1) learne
 MLP itself, so that all of them are the static network; (2) the output bias is always added, and
 is what zero learners give; (3) the budget counts all MACs, the gates' own included; (4) counts are
 decided by a threshold on P(count >= n), which moves the compute after training; the paper takes the
-most probable count; (5) errors are in units of each layer's variance.
+most probable count; (5) errors are in units of each layer's variance; (6) an eighth of every batch
+runs all learners; (7) phases 0 to 2 are left out by default.
 """
 import argparse
 import copy
@@ -95,6 +96,7 @@ class Config:
 # K classes or characters.
 
 
+# === shared: gumbel softmax ===
 def gumbel_softmax(scores, temperature):
     """One of k choices, drawn with the probabilities softmax(scores): (..., k) -> one-hot (..., k),
     with the gradient of the relaxed sample softmax((scores + noise) / temperature)."""
@@ -102,6 +104,7 @@ def gumbel_softmax(scores, temperature):
     soft = ((scores + noise) / temperature).softmax(-1)
     hard = F.one_hot(soft.argmax(-1), scores.shape[-1]).to(soft.dtype)
     return hard + (soft - soft.detach())                        # straight through: 0 is added
+# === end shared ===
 
 
 def at_least(p):

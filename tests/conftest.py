@@ -41,8 +41,9 @@ def run(monkeypatch, tmp_path_factory, capsys):
 
 @pytest.fixture
 def shorten(monkeypatch):
-    """shorten(script, count): its runs calibrate and test on so many examples, and time nothing."""
-    def shorten_script(script, count):
+    """shorten(script, count): its runs calibrate and test on so many examples, and time nothing
+    unless timed."""
+    def shorten_script(script, count, timed=False):
         load = script.load_data
 
         def load_few(cfg):
@@ -53,8 +54,9 @@ def shorten(monkeypatch):
             return data._replace(difficulty=known, **few)
 
         monkeypatch.setattr(script, "load_data", load_few)
-        monkeypatch.setattr(script, "wall_clock", lambda *arguments: {
-            f"{run}_ms_batch_{batch}": 1.0 for run in ("dense", "skipping") for batch in (1, 256)})
+        if not timed:
+            monkeypatch.setattr(script, "wall_clock", lambda *arguments: {
+                f"{run}_ms_batch_{batch}": 1.0 for run in ("dense", "skipping") for batch in (1, 256)})
     return shorten_script
 
 
