@@ -71,6 +71,7 @@ class UserError(Exception):
 # --- Logs -----------------------------------------------------------------------------------------
 
 class Log(NamedTuple):
+    """One run of one method, reduced to what is compared."""
     path: Path
     meta: dict
     macs: np.ndarray        # (N,) at the calibrated threshold
@@ -210,6 +211,7 @@ def by_method(logs):
 
 
 def per_example(values):
+    """values (N, ...) -> means (N,)."""
     return values.reshape(len(values), -1).mean(1)
 
 
@@ -408,6 +410,7 @@ def split_half(counts, repeats=10, seed=0):
 # --- The study ------------------------------------------------------------------------------------
 
 class Rankings(NamedTuple):
+    """Compute or hardness of N examples, in L columns: runs of methods, then of references."""
     names: list             # of A rankings, the methods first
     methods: int            # how many of them are methods
     member: list            # (L,) ranking of each column
@@ -495,12 +498,14 @@ def deciders(names):
 
 
 def word(rho):
+    """The words for an agreement of rho."""
     return "cannot be compared yet" if np.isnan(rho) else next(w for t, w in WORDS if rho >= t)
 
 
 # --- Report ---------------------------------------------------------------------------------------
 
 def number(x, digits=2):
+    """x with so many digits, or "unknown" where it is NaN."""
     return "unknown" if np.isnan(x) else f"{round(float(x), digits) + 0.0:.{digits}f}"   # no -0.00
 
 
@@ -521,11 +526,13 @@ def spread(values, digits=2):
 
 
 def markdown(header, rows):
+    """Strings -> the lines of a Markdown table, and an empty one."""
     return ["| " + " | ".join(header) + " |", "|" + "---|" * len(header),
             *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
 def listed(names):
+    """a, b and c."""
     names = list(names)
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
@@ -578,6 +585,7 @@ def reference_table(table, agree):
 
 
 def method_table(logs, table, found):
+    """What each method was asked for, spent and reached, and how reliable its ranking is."""
     rows, a, why = [], found["all"], table.excuses()
     better = "loss" if logs[0].text else "accuracy"
     low, high = np.nanpercentile(found["interval"].raw, [2.5, 97.5], axis=0)
