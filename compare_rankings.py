@@ -24,8 +24,6 @@ the costliest tenth, and at other budgets. HOW_TO_READ below defines each, for t
 Runs of the same seed are never compared: they start from the same weights and see the same
 batches, which alone makes them alike. Intervals are bootstraps over examples, with rows kept
 together. Seeds are too few for that: of them the report gives the lowest and the highest.
-
-MEASURED: to be filled
 """
 import argparse
 import importlib

@@ -32,7 +32,15 @@ threshold is moved until the budget is met on the calibration split.
     python gumbel_gates.py --dataset shakespeare    # characters
     python gumbel_gates.py --dataset shapes         # embedded data: nothing is downloaded
 
-MEASURED: to be filled
+Measured with --size small and the default budget, on two cores of an AMD EPYC with bf16; CIFAR-10
+(a JPEG copy) in %, text in nats, means over seeds. *: as logged; beside it what the sweep reaches.
+                seeds   static twin  full    at 0.6  at 0.7* at 0.85 time, batch 1 and 256
+  cifar10       0, 1    76.12        74.14   -       74.38   -       1.43, 0.79
+  shakespeare   0       1.748        1.846   1.881   1.837   -       1.43, 0.89
+Random gates, as often open, reach 74.25 % on CIFAR-10 (text: 1.774 nats, less than the learned
+ones, at lower accuracy): what is learned is which module, and little about which input. Noise of
+the gates' gradient, in lengths of its mean, after training (CIFAR-10, seed 0):
+gumbel 1.51, sigmoid_st 0.00, reinforce 6.44.
 
 Papers: Jang et al. 2017 and Maddison et al. 2017 (the trick); Veit and Belongie 2018, ConvNet-AIG
 (layers; start open at 0.87); Rao et al. 2021, DynamicViT (tokens); Meng et al. 2022, AdaViT (three

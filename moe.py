@@ -27,7 +27,13 @@ E * sum_e f_e P_e (f: share of all work done by e; P: mean of p) is 1 where the 
     python moe.py --dataset shapes         # embedded data: nothing is downloaded
     python moe.py --controls               # and the dense networks of equal MACs, equal parameters
 
-MEASURED: to be filled
+Measured with --size small and the default budget, on two cores of an AMD EPYC with bf16; CIFAR-10
+(a JPEG copy) in %, text in nats, means over seeds. *: as logged; beside it what the sweep reaches.
+                seeds   static twin  full    at 0.6  at 0.7* at 0.85 time, batch 1 and 256
+  cifar10       0, 1    76.12        75.70   75.86   76.65   76.33   2.24, 1.06
+  shakespeare   0       1.748        1.746   1.759   1.751   -       1.99, 0.80
+At 0.7 it is as good as the twin (above, on CIFAR-10); in time it saves nothing on CIFAR-10, where
+the experts' products are small. No expert died; the load's entropy is above 98 % of its maximum.
 
 Papers: Shazeer et al. 2017, Outrageously Large Neural Networks; Fedus et al. 2021, Switch (balance
 loss, raw probabilities); Zoph et al. 2022, ST-MoE (z-loss); Huang et al. 2024, Harder Tasks Need

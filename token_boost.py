@@ -29,7 +29,13 @@ After training nothing is sampled: learner n runs where the gate's P(count >= n)
     python token_boost.py --dataset shakespeare    # characters
     python token_boost.py --dataset shapes         # embedded data: nothing is downloaded
 
-MEASURED: to be filled
+Measured with --size small and the default budget, on two cores of an AMD EPYC with bf16; CIFAR-10
+(a JPEG copy) in %, text in nats, means over seeds. *: as logged; beside it what the sweep reaches.
+                seeds   static twin  full    at 0.6  at 0.7* at 0.85 time, batch 1 and 256
+  cifar10       0, 1    76.12        75.82   -       75.97   -       1.61, 0.87
+  shakespeare   0       1.748        1.793   -       1.795   -       1.37, 0.81
+`--phases 0123` reaches 73.74 % on CIFAR-10 (seed 0), where the default reaches 76.35 %. As many
+learners, the same for every token, reach 75.34 %; a random number of them 75.27 % (both seeds).
 
 Paper: Wójcik et al. 2023, Adaptive Computation Modules. Deviations: (1) learners are slices of the
 MLP itself, so that all of them are the static network; (2) the output bias is always added, and

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 from compare_rankings import METHODS, find, load, markdown, save_slim, spread     # noqa: E402
 
 KEPT, BUDGETS = ROOT / ".github/results", (0.6, 0.7, 0.85)
+GAP = 0.15      # between points of a sweep
 
 
 def keep(folder, variant):
@@ -36,9 +37,13 @@ def keep(folder, variant):
 
 
 def quality_at(curve, budget):
-    """curve (2, S): MACs, quality -> quality at that many MACs, NaN outside of the curve."""
+    """curve (2, S): MACs, quality -> quality at that many MACs; NaN outside of the curve, and where
+    its points are so far apart that a straight line would be a guess."""
     macs, quality = np.asarray(curve)[:, np.argsort(curve[0], kind="stable")]
-    return np.interp(budget, macs, quality, np.nan, np.nan)
+    after = np.searchsorted(macs, budget)
+    if not 0 < after < len(macs) or macs[after] - macs[after - 1] > GAP:
+        return np.nan
+    return np.interp(budget, macs, quality)
 
 
 def row(name, runs, better, digits):

@@ -19,10 +19,11 @@ def test_tables_are_what_the_command_prints():
 
 
 def test_quality_at_a_budget_by_hand():
-    curve = np.array([[0.9, 0.5, 0.7], [0.8, 0.6, 0.75]])           # in no order
-    assert quality_at(curve, 0.6) == pytest.approx(0.675)
-    assert quality_at(curve, 0.85) == pytest.approx(0.7875)
-    assert np.isnan(quality_at(curve, 0.45)) and np.isnan(quality_at(curve, 0.95))
+    curve = np.array([[0.9, 0.6, 0.7, 0.8], [0.8, 0.6, 0.75, 0.79]])         # in no order
+    assert quality_at(curve, 0.64) == pytest.approx(0.66)
+    assert quality_at(curve, 0.85) == pytest.approx(0.795)
+    assert np.isnan(quality_at(curve, 0.55)) and np.isnan(quality_at(curve, 0.95))
+    assert np.isnan(quality_at(np.delete(curve, 2, 1), 0.75))                # too wide a gap to say
 
 
 def test_every_command_names_a_script_that_is_there():
