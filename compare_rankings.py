@@ -787,7 +787,7 @@ def draw_quality(logs):
 def draw_deciles(logs, panels):
     """Mean compute by decile of a hardness. panels: (name, hardness (M,), list of costs (M,) as
     shares of the dense MACs, list of bool (M,) of the examples that count), one panel each."""
-    figure, axes = canvas(4.5 * len(panels), 4.5, 1, len(panels), sharey=True, squeeze=False)
+    figure, axes = canvas(1.5 + 4.5 * len(panels), 4.5, 1, len(panels), sharey=True, squeeze=False)
     place = range(1, 11)
     for axis, (name, hardness, costs, keep) in zip(axes[0], panels):
         deciles, means = np.array_split(np.argsort(hardness, kind="stable"), 10), {}

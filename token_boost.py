@@ -582,7 +582,7 @@ SIZES = {  # (text, size): width, depth, heads, tokens, batch, learning rate, dr
     (True, "small"): (128, 4, 4, 64, 64, 3e-3, 0.0),
     (False, "base"): (192, 8, 6, 64, 256, 1e-3, 0.1),
     (True, "base"): (384, 6, 6, 256, 64, 1e-3, 0.2)}
-EPOCHS = dict(cifar10=dict(tiny=1, small=11, base=100), shapes=dict(tiny=2, small=2, base=20),
+EPOCHS = dict(cifar10=dict(tiny=1, small=11, base=100), shapes=dict(tiny=2, small=4, base=20),
               shakespeare=dict(tiny=1, small=9, base=80), pydoc=dict(tiny=2, small=6, base=40))
 
 
