@@ -1191,6 +1191,7 @@ def main(args):
 
 
 def command_line():
+    """Run main on what sys.argv asks for; a UserError is one line, exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(
