@@ -125,7 +125,8 @@ def load(path):
     if not isinstance(meta, dict) or meta.get("schema") != 1:
         refuse("unknown schema (1 is expected)")
     slim, text = meta.get("slim"), meta.get("dataset") in TEXTS
-    needed = ("macs", "matched_macs", "average_macs", "curve") if slim else (
+    needed = ("macs", "matched_macs", "average_macs", "curve",
+              *(("spent", "right") if "code" in arrays else ())) if slim else (
         "example", "label", "prediction", "loss", "macs", "sweep_threshold", "sweep_macs",
         "sweep_loss", "sweep_correct")
     missing = [key for key in ("method", "dataset", "size", "seed", "test_sha256", "dense_macs")
@@ -133,14 +134,14 @@ def load(path):
     if missing:
         refuse(f"misses {', '.join(missing)}")
 
-    loss, N = arrays.get("loss"), arrays["macs"].shape[:1]
-    each = loss.shape if text and not slim and loss.ndim == 2 else N
+    N, tokens = arrays["macs"].shape[:1], arrays.get("code" if slim else "loss")
+    each = tokens.shape if text and tokens is not None and tokens.ndim == 2 else N
     S = arrays["curve"].shape[1:] if slim else arrays["sweep_threshold"].shape
     shapes = dict(example=N, label=each, prediction=each, loss=each, macs=N, sweep_macs=S + N,
                   sweep_loss=S + N, sweep_correct=S + N, difficulty=N, average_macs=N,
                   matched_macs=(len(BUDGETS), *N), curve=(2, *S))
     if text:
-        shapes["token_macs"] = each
+        shapes.update(token_macs=each, code=each, eighths=each)
     for key, array in arrays.items():
         if not np.issubdtype(array.dtype, np.number):
             refuse(f"{key} is not numeric")
@@ -151,7 +152,14 @@ def load(path):
     if not N or N[0] < 10 or not S or not S[0]:
         refuse("holds fewer than 10 examples, or no sweep")
 
-    right = arrays["prediction"] == arrays["label"] if "prediction" in arrays else None
+    loss, right, tokens = arrays.get("loss"), None, arrays.get("token_macs") if text else None
+    if "prediction" in arrays:
+        right = arrays["prediction"] == arrays["label"]
+    if "code" in arrays:        # a slim text
+        tokens = arrays["spent"][arrays["code"]]
+        right = np.unpackbits(arrays["right"], count=tokens.size).reshape(tokens.shape) > 0
+    if "eighths" in arrays:
+        loss = arrays["eighths"] / np.float32(8)
     if slim:
         if slim["budgets"] != list(BUDGETS):
             refuse(f"is a slim log for budgets {slim['budgets']}, not {list(BUDGETS)}")
@@ -167,30 +175,42 @@ def load(path):
                           arrays["sweep_loss" if text else "sweep_correct"].mean(1)])
     macs = arrays["macs"].astype(float)
     return Log(Path(path), meta, macs, np.stack([macs, *matched, average]), curve, quality,
-               arrays.get("label"), right, loss, arrays.get("token_macs") if text else None,
-               arrays.get("difficulty"))
+               arrays.get("label"), right, loss, tokens, arrays.get("difficulty"))
 
 
 def save_slim(log, folder):
-    """Write what this report needs of a log, some 20 to 80 kB instead of up to 1.5 MB, to
-    <folder>/<dataset>-<size>/<method>-s<seed>.npz, which `load` reads as well. Left out are the
-    sweep, beyond its means, its average and the three matched budgets (both rounded to 1/255 of
-    their range); all losses but those of the static network; and on text all that is per token."""
-    def rounded(values):
-        step = np.ptp(values) / 255
-        if len(np.unique(values)) > 256:
-            values = values.min() + np.round((values - values.min()) / step) * step
-        return np.where(np.isnan(values), -1, np.round(values)).astype(np.int32)
+    """Write what this report needs of a log, 30 to 120 kB instead of up to 1.5 MB, to
+    <folder>/<dataset>-<size>/<method>-s<seed>.npz, which `load` reads as well. Left out are all
+    losses but the static network's, and of the sweep all but its means, its average, and the three
+    matched budgets. These are rounded to 1/255 of their range, MACs of single tokens to 1/15, and
+    losses of single tokens to eighths of a nat."""
+    def levels(values, most):
+        """Integer values of which at most so many are different."""
+        if len(np.unique(values)) <= most:
+            return values
+        step = np.ptp(values) / (most - 1)
+        return np.round(values.min() + np.round((values - values.min()) / step) * step)
+
+    def whole(values):
+        return np.where(np.isnan(values), -1, np.round(levels(values, 256))).astype(np.int32)
 
     meta = dict(log.meta, slim=dict(budgets=BUDGETS, quality=log.quality))
-    *matched, average = map(rounded, log.views[1:])
+    *matched, average = map(whole, log.views[1:])
     arrays = dict(macs=log.macs.astype(np.int32), average_macs=average,
                   matched_macs=np.stack(matched), curve=log.curve)
+    static = log.meta["method"] == STATIC
     if not log.text:
         wrong = np.where(log.right, log.label, 255)     # which wrong answer it was plays no part
         arrays.update(label=log.label.astype(np.uint8), prediction=wrong.astype(np.uint8))
-    if log.meta["method"] == STATIC:
-        arrays["loss"] = per_example(log.loss).astype(np.float16)
+    elif log.tokens is not None:
+        spent, code = np.unique(levels(log.tokens, 16), return_inverse=True)
+        arrays.update(spent=spent, code=code.reshape(log.tokens.shape).astype(np.uint8),
+                      right=np.packbits(log.right))
+    if static and log.text:
+        eighths = np.minimum(np.round(8 * log.loss), 255)
+        arrays.update(label=log.label.astype(np.uint8), eighths=eighths.astype(np.uint8))
+    elif static:
+        arrays["loss"] = log.loss.astype(np.float16)
     if log.difficulty is not None:
         arrays["difficulty"] = log.difficulty
     path = Path(folder, log.group, f"{log.meta['method']}-s{log.meta['seed']}.npz")

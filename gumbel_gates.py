@@ -125,6 +125,15 @@ def sample(z, estimator):
     return torch.bernoulli(p.detach())
 
 
+def sampled(estimator):
+    """Gates in training, choose(layer, z) -> like z. The first eighth of the batch has them all
+    open: else what stands above the budget would not be trained."""
+    def choose(layer, z):
+        whole = len(z) // 8
+        return torch.cat([torch.ones_like(z[:whole]), sample(z[whole:], estimator)])
+    return choose
+
+
 def score_function(z, gates, advantage):
     """REINFORCE: z, gates (B, ...), advantage (B,) -> a scalar whose gradient by z is, in
     expectation over sampled gates, that of the mean expected advantage, negated."""
@@ -183,7 +192,7 @@ def one_head(whole, index):
 
 class Model(nn.Module):
     """The twin with a gate before every block. `threshold`: a module runs where z > threshold."""
-    cheapest, full = 30.0, -30.0        # scores stay between: nothing runs; everything does
+    cheapest, full = 100.0, -100.0      # scores stay between: nothing runs; everything does
 
     def __init__(self, cfg):
         super().__init__()
@@ -256,8 +265,8 @@ class Model(nn.Module):
 
     def forward(self, x):
         """x -> logits with sampled gates, and the weighted budget term."""
-        logits, _, gates = self.everything(x, lambda layer, z: sample(z, self.estimator))
-        return logits, 10 * self.excess(gates).square().mean()
+        logits, _, gates = self.everything(x, sampled(self.estimator))
+        return logits, 10 * self.excess(gates[len(x) // 8:]).square().mean()
 
     def cost(self, gates):
         """gates (B, L, R, U) bool -> macs (B,), token_macs (B, T)."""
@@ -303,15 +312,18 @@ class Model(nn.Module):
 
 
 def surrogate(model, x, y, estimator, budget_weight):
-    """What is differentiated -> loss, logits, cross-entropy of the examples (B,), gates."""
-    logits, z, gates = model.everything(x, lambda layer, z: sample(z, estimator))
+    """What is differentiated -> loss, logits, cross-entropy of the examples (B,), the gates that
+    were sampled."""
+    logits, z, gates = model.everything(x, sampled(estimator))
     each = cross_entropy(logits, y).reshape(len(y), -1).mean(1)                         # (B,)
+    z, gates = (part[len(x) // 8:] for part in (z, gates))
     excess = model.excess(gates)
     loss = each.mean() + budget_weight * excess.square().mean()
     if estimator == "reinforce":
+        x, y = x[len(x) // 8:], y[len(x) // 8:]
         with torch.no_grad():       # the greedy gates are the baseline, for loss and for MACs
             greedy, _, open_ = model.everything(x, lambda layer, z: (z > 0).to(z.dtype))
-            better = cross_entropy(greedy, y).reshape(len(y), -1).mean(1) - each
+            better = cross_entropy(greedy, y).reshape(len(y), -1).mean(1) - each[-len(x):]
             price = 2 * budget_weight * excess / len(excess)            # of MACs, on this batch
             cheaper = ((model.used(open_) - model.used(gates)) * price).sum(1)
         loss = loss + score_function(z, gates, better + cheaper)
@@ -688,14 +700,17 @@ def evaluate(run, split, threshold):
     return {name: torch.cat(part).cpu().numpy() for name, part in zip(names, zip(*batches))}
 
 
-def calibrate(model, split, budget=None, points=9):
+def calibrate(model, split, budget=None, points=11, gap=0.08):
     """Thresholds chosen on the calibration split -> the one that spends `budget` (a fraction of the
-    dense MACs), and a sweep of at least `points` from the cheapest model to the full one, in which
-    always the widest gap in MACs was halved. Raises UserError if the budget is out of reach."""
+    dense MACs), and a sweep of `points` from the cheapest model to the full one, as evenly spread
+    in MACs as they come. Raises UserError if the budget is out of reach."""
     spent = {}                                              # threshold -> share of the dense MACs
 
     def in_order():
         return sorted(spent, reverse=model.cheapest > model.full)
+
+    def jump(low, high):
+        return abs(spent[high] - spent[low])
 
     def probe(threshold):
         macs = evaluate(model.masked, split, threshold)["macs"]
@@ -709,11 +724,14 @@ def calibrate(model, split, budget=None, points=9):
         if budget is not None and not low <= budget <= high:
             raise UserError(f"--budget {budget} is out of reach: this network can spend {low:.3f} "
                             f"to {high:.3f} of the dense MACs")
-        while len(spent) < points:                          # the sweep: where the jump is largest
-            steps = itertools.pairwise(in_order())
-            low, high = max(steps, key=lambda pair: abs(spent[pair[1]] - spent[pair[0]]))
+        while len(spent) < 2 * points:                      # the sweep: halve the widest gap
+            low, high = max(itertools.pairwise(in_order()), key=lambda pair: jump(*pair))
+            if len(spent) >= points and jump(low, high) < gap:
+                break
             probe((low + high) / 2)
         sweep = in_order()
+        while len(sweep) > points:                          # drop what leaves the narrowest gap
+            del sweep[min(range(1, len(sweep) - 1), key=lambda i: jump(sweep[i - 1], sweep[i + 1]))]
         if budget is None:
             return None, sweep
         for i in range(25):                                 # the budget: secant, bisection by turns

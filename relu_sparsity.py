@@ -525,14 +525,17 @@ def evaluate(run, split, threshold):
     return {name: torch.cat(part).cpu().numpy() for name, part in zip(names, zip(*batches))}
 
 
-def calibrate(model, split, budget=None, points=9):
+def calibrate(model, split, budget=None, points=11, gap=0.08):
     """Thresholds chosen on the calibration split -> the one that spends `budget` (a fraction of the
-    dense MACs), and a sweep of at least `points` from the cheapest model to the full one, in which
-    always the widest gap in MACs was halved. Raises UserError if the budget is out of reach."""
+    dense MACs), and a sweep of `points` from the cheapest model to the full one, as evenly spread
+    in MACs as they come. Raises UserError if the budget is out of reach."""
     spent = {}                                              # threshold -> share of the dense MACs
 
     def in_order():
         return sorted(spent, reverse=model.cheapest > model.full)
+
+    def jump(low, high):
+        return abs(spent[high] - spent[low])
 
     def probe(threshold):
         macs = evaluate(model.masked, split, threshold)["macs"]
@@ -546,11 +549,14 @@ def calibrate(model, split, budget=None, points=9):
         if budget is not None and not low <= budget <= high:
             raise UserError(f"--budget {budget} is out of reach: this network can spend {low:.3f} "
                             f"to {high:.3f} of the dense MACs")
-        while len(spent) < points:                          # the sweep: where the jump is largest
-            steps = itertools.pairwise(in_order())
-            low, high = max(steps, key=lambda pair: abs(spent[pair[1]] - spent[pair[0]]))
+        while len(spent) < 2 * points:                      # the sweep: halve the widest gap
+            low, high = max(itertools.pairwise(in_order()), key=lambda pair: jump(*pair))
+            if len(spent) >= points and jump(low, high) < gap:
+                break
             probe((low + high) / 2)
         sweep = in_order()
+        while len(sweep) > points:                          # drop what leaves the narrowest gap
+            del sweep[min(range(1, len(sweep) - 1), key=lambda i: jump(sweep[i - 1], sweep[i + 1]))]
         if budget is None:
             return None, sweep
         for i in range(25):                                 # the budget: secant, bisection by turns

@@ -23,7 +23,8 @@ Training, `--phases`. Those named share the epochs that the static twin trains f
                 minus the mean difference between two examples' counts, so that examples differ.
                 An eighth of the examples runs all learners, so that these are trained, too
 
-After training nothing is sampled: learner n runs where the gate's P(count >= n) > threshold.
+After training nothing is sampled: learner n runs where the log-odds of the gate's P(count >= n)
+are above the threshold.
 
     python token_boost.py                          # CIFAR-10; base on a GPU, small without one
     python token_boost.py --dataset shakespeare    # characters
@@ -40,9 +41,9 @@ learners, the same for every token, reach 75.34 %; a random number of them 75.27
 Paper: Wójcik et al. 2023, Adaptive Computation Modules. Deviations: (1) learners are slices of the
 MLP itself, so that all of them are the static network; (2) the output bias is always added, and
 is what zero learners give; (3) the budget counts all MACs, the gates' own included; (4) counts are
-decided by a threshold on P(count >= n), which moves the compute after training; the paper takes the
-most probable count; (5) errors are in units of each layer's variance; (6) an eighth of every batch
-runs all learners; (7) phases 0 to 2 are left out by default.
+decided by a threshold on the odds of P(count >= n), which moves the compute after training; the
+paper takes the most probable count; (5) errors are in units of each layer's variance; (6) an eighth
+of every batch runs all learners; (7) phases 0 to 2 are left out by default.
 """
 import argparse
 import copy
@@ -126,9 +127,16 @@ def sampled(layer, z):
     return torch.cat([torch.ones_like(runs[:whole]), runs[whole:]])
 
 
-def above(threshold):
-    """The same, after training."""
-    return lambda layer, z: at_least(z.softmax(-1)) > threshold
+def log_odds(z):
+    """Gate logits z (..., N + 1) -> log-odds of P(count >= n) (..., N), n = 1 to N: what is n and
+    above against what is below it. (P itself soon is 1 in all of its digits.)"""
+    above, below = z.flip(-1).logcumsumexp(-1).flip(-1), z.logcumsumexp(-1)
+    return above[..., 1:] - below[..., :-1]
+
+
+def decided(threshold):
+    """Which learners run, after training."""
+    return lambda layer, z: log_odds(z) > threshold
 
 
 def prefixes(block, x, learners):
@@ -167,8 +175,9 @@ class Gate(nn.Module):
 
 
 class Model(nn.Module):
-    """The twin with a gate in every block. `threshold`: learner n runs where P(count >= n) > it."""
-    cheapest, full = 1.001, -0.001      # not one learner runs; all do
+    """The twin with a gate in every block. `threshold`: learner n runs where the log-odds of
+    P(count >= n) are above it; 0 is the rule P > 1/2."""
+    cheapest, full = 100.0, -100.0      # log-odds stay between: not one learner runs; all do
 
     def __init__(self, cfg):
         super().__init__()
@@ -227,7 +236,7 @@ class Model(nn.Module):
 
     def masked(self, x, threshold):
         """Everything is computed, what is not chosen is zeroed -> logits, macs, token_macs."""
-        return self.choosing(x, above(threshold))
+        return self.choosing(x, decided(threshold))
 
     @torch.no_grad()
     def skipping(self, x, threshold):
@@ -236,7 +245,7 @@ class Model(nn.Module):
         for layer, block in enumerate(self.twin.blocks):
             x, up, down = block.attend(x), block.up, block.down
             normed = block.norm2(x).flatten(0, 1)                               # (B * T, C)
-            count = above(threshold)(layer, self.gates[layer](normed)).sum(-1)  # (B * T,)
+            count = decided(threshold)(layer, self.gates[layer](normed)).sum(-1)  # (B * T,)
             y = torch.empty_like(normed)
             for k in range(self.learners + 1):              # with k = 0 the products are empty
                 rows, some = (count == k).nonzero().squeeze(1), k * len(up.weight) // self.learners
@@ -674,14 +683,17 @@ def evaluate(run, split, threshold):
     return {name: torch.cat(part).cpu().numpy() for name, part in zip(names, zip(*batches))}
 
 
-def calibrate(model, split, budget=None, points=9):
+def calibrate(model, split, budget=None, points=11, gap=0.08):
     """Thresholds chosen on the calibration split -> the one that spends `budget` (a fraction of the
-    dense MACs), and a sweep of at least `points` from the cheapest model to the full one, in which
-    always the widest gap in MACs was halved. Raises UserError if the budget is out of reach."""
+    dense MACs), and a sweep of `points` from the cheapest model to the full one, as evenly spread
+    in MACs as they come. Raises UserError if the budget is out of reach."""
     spent = {}                                              # threshold -> share of the dense MACs
 
     def in_order():
         return sorted(spent, reverse=model.cheapest > model.full)
+
+    def jump(low, high):
+        return abs(spent[high] - spent[low])
 
     def probe(threshold):
         macs = evaluate(model.masked, split, threshold)["macs"]
@@ -695,11 +707,14 @@ def calibrate(model, split, budget=None, points=9):
         if budget is not None and not low <= budget <= high:
             raise UserError(f"--budget {budget} is out of reach: this network can spend {low:.3f} "
                             f"to {high:.3f} of the dense MACs")
-        while len(spent) < points:                          # the sweep: where the jump is largest
-            steps = itertools.pairwise(in_order())
-            low, high = max(steps, key=lambda pair: abs(spent[pair[1]] - spent[pair[0]]))
+        while len(spent) < 2 * points:                      # the sweep: halve the widest gap
+            low, high = max(itertools.pairwise(in_order()), key=lambda pair: jump(*pair))
+            if len(spent) >= points and jump(low, high) < gap:
+                break
             probe((low + high) / 2)
         sweep = in_order()
+        while len(sweep) > points:                          # drop what leaves the narrowest gap
+            del sweep[min(range(1, len(sweep) - 1), key=lambda i: jump(sweep[i - 1], sweep[i + 1]))]
         if budget is None:
             return None, sweep
         for i in range(25):                                 # the budget: secant, bisection by turns
@@ -844,7 +859,7 @@ def draw_tokens(axis, x, values, most, title):
 @torch.no_grad()
 def counts(model, split, threshold):
     """The learners that every token of a split wants in each layer: uint8 (examples, T, L)."""
-    parts = [model.run(network_input(x), above(threshold))[1].sum(-1).byte()
+    parts = [model.run(network_input(x), decided(threshold))[1].sum(-1).byte()
              for x in split[0].split(100)]
     return torch.cat(parts).cpu().numpy()
 

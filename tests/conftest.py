@@ -94,7 +94,7 @@ def thresholds(model, x, shares=(0.0, 0.4, 0.8, 1.0)):
     ends, found = (spend(model.cheapest), spend(model.full)), []
     for share in shares:
         cheap, full = model.cheapest, model.full
-        for _ in range(12 if 0 < share < 1 else 0):
+        for _ in range(14 if 0 < share < 1 else 0):
             middle = (cheap + full) / 2
             wanted = ends[0] + share * (ends[1] - ends[0])
             cheap, full = (middle, full) if spend(middle) < wanted else (cheap, middle)

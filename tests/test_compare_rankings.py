@@ -358,6 +358,27 @@ def test_slim_logs_give_the_same_report(run, tmp_path, monkeypatch):
     assert reports[0] == reports[1]
 
 
+def test_slim_logs_of_text_keep_what_is_per_token(run, tmp_path, monkeypatch):
+    few_samples(monkeypatch)
+    few_tokens = lambda arrays, meta, count: arrays.update(
+        token_macs=arrays["token_macs"] // 1000 * 1000) if count % 2 else None
+    paths = simulate(tmp_path, FIVE[:3], range(2), text=True, change=few_tokens)
+    assert run(tmp_path, "--slim", "slim")[0] == 0
+    reports = []
+    for path in paths:
+        whole, slim = script.load(path), script.load(tmp_path / "slim/shakespeare-tiny" / path.name)
+        assert np.array_equal(whole.right, slim.right) and np.array_equal(whole.macs, slim.macs)
+        assert abs(whole.tokens - slim.tokens).max() <= np.ptp(whole.tokens) / 30 + 1
+        assert len(np.unique(slim.tokens)) <= 16
+        assert (slim.label is not None) == (slim.loss is not None) == (path.name[:4] == "relu")
+    assert np.array_equal(whole.label, script.load(tmp_path / "slim/shakespeare-tiny/relu_sparsity-s0.npz").label)
+    first = script.load(paths[0]), script.load(tmp_path / "slim/shakespeare-tiny" / paths[0].name)
+    assert abs(np.minimum(first[0].loss, 255 / 8) - first[1].loss).max() <= 1 / 16
+    assert run(tmp_path / "slim/shakespeare-tiny")[0] == 0
+    report = (tmp_path / "figures/shakespeare-tiny/report.md").read_text()
+    assert "## Per token" in report and "Left out" not in report
+
+
 def test_a_log_of_ones_own(run, tmp_path, monkeypatch):
     """Nothing but what the README lists as needed: no token_macs, no difficulty, no clock."""
     few_samples(monkeypatch)

@@ -174,6 +174,23 @@ def test_the_task_alone_moves_every_gate(grain, dataset, estimator):
         assert (gradient != 0).all()                                            # of every unit
 
 
+@pytest.mark.parametrize("estimator", ("gumbel", "sigmoid_st", "reinforce"))
+def test_an_eighth_of_the_batch_runs_everything(estimator):
+    """With gates that never open by themselves: two of sixteen are the twin, and the budget term and
+    what REINFORCE compares are about the others, which here are what the greedy gates make."""
+    model, x = build(script, "shapes", estimator=estimator), inputs("shapes", count=16)
+    for gate in model.gates:
+        torch.nn.init.constant_(gate.out.bias, -1000.0)
+    with torch.no_grad():
+        logits, aux = model(x)
+        assert torch.allclose(logits[:2], model.twin(x)[:2], atol=1e-5)
+        assert torch.allclose(logits[2:], model.masked(x[2:], 0.0)[0], atol=1e-5)
+        assert aux.item() == pytest.approx(10 * model.target ** 2)
+        loss, _, each, gates = script.surrogate(model, x, torch.arange(16) % 10, estimator, 1.0)
+        assert len(gates) == 14 and not gates.any()
+        assert loss.item() == pytest.approx(each.mean().item() + model.target ** 2, abs=1e-5)
+
+
 def test_the_budget_is_for_the_batch_not_for_the_example():
     """Half of the examples open, half closed spends the same as all half open, and costs nothing."""
     model = build(script, "shapes", "small", budget=0.6)

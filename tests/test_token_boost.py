@@ -90,6 +90,8 @@ def test_sampling_by_hand():
     their relaxation; at the start 87 in 100 tokens run everything."""
     p = torch.tensor([0.1, 0.2, 0.0, 0.3, 0.4])
     assert script.at_least(p).tolist() == pytest.approx([0.9, 0.7, 0.7, 0.4])
+    odds = [math.log(9), math.log(7 / 3), math.log(7 / 3), math.log(4 / 6)]
+    assert script.log_odds(p.log() + 5).tolist() == pytest.approx(odds)
     torch.manual_seed(0)
     logits = p.log().expand(20000, 5).clone().requires_grad_()
     drawn = script.gumbel_softmax(logits, 0.8)
