@@ -1,6 +1,7 @@
 """The README's tables of results, made from logs.
 
     python tests/results.py                            # from what is kept in .github/results
+    python tests/results.py --summary                  # the table on the README's first screen
     python tests/results.py --keep logs/cifar10-small  # first keep these logs there, made slim
     python tests/results.py --keep token/logs/cifar10-small --variant "--grain token"
 
@@ -21,6 +22,13 @@ from compare_rankings import METHODS, find, load, markdown, save_slim, spread   
 
 KEPT, BUDGETS = ROOT / ".github/results", (0.6, 0.7, 0.85)
 GAP = 0.15      # between points of a sweep
+MECHANISMS = dict(
+    relu_sparsity="none: how much of a static network is zero?",
+    early_exit="a head after every block; leave when sure",
+    gumbel_gates="learned gates skip layers, tokens or attention heads",
+    moe="a router sends each token to few experts",
+    token_boost="MLPs as boosted learners; tokens choose how many",
+    compare_rankings="do the five agree on what is hard?")
 
 
 def keep(folder, variant):
@@ -32,8 +40,8 @@ def keep(folder, variant):
             continue
         name = f"{log.meta['method']} {variant} s{log.meta['seed']}".replace(" ", "_")
         target = KEPT / f"{log.meta['dataset']}-{log.meta['size']}" / f"{name}.json"
-        kept = dict(variant=variant, meta=log.meta, curve=np.round(log.curve, 5).tolist())
-        target.write_text(json.dumps(kept, indent=1) + "\n")
+        run = dict(variant=variant, meta=log.meta, curve=np.round(log.curve, 5).tolist())
+        target.write_text(json.dumps(run, indent=1) + "\n")
 
 
 def quality_at(curve, budget):
@@ -61,19 +69,25 @@ def row(name, runs, better, digits):
             of(meta["at_budget"][better] for meta, _ in runs), time[1], time[256]]
 
 
+def kept(folder):
+    """{name of a method or variant: its runs (meta, curve)} of what is kept in a folder."""
+    groups = {}
+    for path in sorted(folder.glob("*.npz")):
+        log = load(path)
+        groups.setdefault(log.meta["method"], []).append((log.meta, log.curve))
+    groups = {name: groups[name] for name in METHODS if name in groups}
+    for path in sorted(folder.glob("*.json")):
+        variant = json.loads(path.read_text())
+        name = f"{variant['meta']['method']} {variant['variant']}"
+        groups.setdefault(name, []).append((variant["meta"], variant["curve"]))
+    return groups
+
+
 def tables():
     """Markdown: one table per data set and size."""
     lines = []
     for folder in sorted(path for path in KEPT.glob("*") if path.is_dir()):
-        groups = {}
-        for path in sorted(folder.glob("*.npz")):
-            log = load(path)
-            groups.setdefault(log.meta["method"], []).append((log.meta, log.curve))
-        groups = {name: groups[name] for name in METHODS if name in groups}
-        for path in sorted(folder.glob("*.json")):
-            kept = json.loads(path.read_text())
-            name = f"{kept['meta']['method']} {kept['variant']}"
-            groups.setdefault(name, []).append((kept["meta"], kept["curve"]))
+        groups = kept(folder)
         metas = [meta for runs in groups.values() for meta, _ in runs]
         if not metas:
             continue
@@ -89,12 +103,39 @@ def tables():
     return "\n".join(lines).strip()
 
 
+def summary():
+    """Markdown: a row per script, with what it reaches at its budget on both data sets."""
+    def mean(values, digits):
+        return f"{np.mean(list(values)):.{digits}f}"
+
+    rows = []
+    for name, mechanism in MECHANISMS.items():
+        cells = [f"`{name}.py`", mechanism]
+        for group, better, digits in ("cifar10", "accuracy", 3), ("shakespeare", "loss", 3):
+            groups = kept(KEPT / f"{group}-small")
+            metas = [meta for meta, _ in groups.get(name, [])]
+            twins = [meta["full"][better] for meta, _ in groups[METHODS[0]]
+                     if meta["seed"] in [meta["seed"] for meta in metas]]
+            cells += [f"{mean((meta['at_budget'][better] for meta in metas), digits)} "
+                      f"({mean(twins, digits)})",
+                      mean((meta["at_budget"]["budget"] for meta in metas), 2),
+                      mean((meta["wall_clock"]["skipping_ms_batch_256"]
+                            / meta["wall_clock"]["dense_ms_batch_256"] for meta in metas), 2),
+                      ] if metas else [""] * 3
+        lines = len((ROOT / f"{name}.py").read_text().splitlines())
+        rows.append([*cells, str(lines)])
+    return "\n".join(markdown(["script", "the mechanism", "CIFAR-10: accuracy (static twin)",
+                               "MACs", "time", "TinyShakespeare: nats (static twin)", "MACs",
+                               "time", "lines"], rows)).strip()
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", metavar="FOLDER", help="a folder of logs to keep")
+    parser.add_argument("--summary", action="store_true", help="print the short table instead")
     parser.add_argument("--variant", help="the options that these logs were trained with")
     args = parser.parse_args()
     if args.keep:
         keep(args.keep, args.variant)
-    print(tables())
+    print(summary() if args.summary else tables())

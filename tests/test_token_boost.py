@@ -222,6 +222,9 @@ def test_the_terms_by_hand():
     entropy = -(p * p.log()).sum().item() / math.log(3)
     expected = 10 * (spent - 0.7) ** 2 - 0.05 * entropy - 0.1 * 0.75 / 2
     assert model.terms(runs).item() == pytest.approx(expected, abs=1e-5)
+    model = build(script, "pydoc", learners=2)                  # on text windows need not differ
+    expected = 10 * (model.spent(runs).item() - 0.7) ** 2 - 0.05 * entropy
+    assert model.terms(runs).item() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.fixture(scope="module")
