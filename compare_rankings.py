@@ -21,9 +21,9 @@ their ranks. It is easily misread, so the report always sets it beside the most 
 to exceed 0.33); beside the agreement of a method with its own seeds, and corrected for that
 (Spearman 1904); within classes, with covariates held fixed, on right and wrong answers apart, for
 the costliest tenth, and at other budgets. HOW_TO_READ below defines each, for the report and here.
-Runs of the same seed are never compared: they start from the same weights and see the same
-batches, which alone makes them alike. Intervals are bootstraps over examples, with rows kept
-together. Seeds are too few for that: of them the report gives the lowest and the highest.
+Runs of the same seed are compared only where there is one seed: they start from the same weights
+and see the same batches, which alone makes them alike. Intervals are bootstraps over examples, with
+rows kept together. Seeds are too few for that: of them the report gives the lowest and the highest.
 """
 import argparse
 import importlib
@@ -709,8 +709,9 @@ HOW_TO_READ = f"""
 ## How to read this
 
 Words, by rho: {'; '.join(f'from {t:.2f} {w}' for t, w in WORDS[:-1])}; below that {WORDS[-1][1]}.
-For scale: errors of two families of CNN agree at 0.80 to 0.88 (disattenuated), a CNN and random
-features at 0.55, people and machines at 0.43.
+For scale, from published predictions on CIFAR-10's test images and the labels of CIFAR-10H: errors
+of two families of CNN agree at 0.80 to 0.88 (disattenuated), a CNN and random features at 0.55,
+people and machines at 0.43.
 
 *Raw*: Spearman's rho with midranks, mean over pairs of runs of different seeds. *Tie ceiling*: the
 rho farthest from 0, on the side of the raw one, that equal costs allow. *Reliability*: rho between
@@ -807,7 +808,8 @@ def draw_quality(logs):
 def draw_deciles(logs, panels):
     """Mean compute by decile of a hardness. panels: (name, hardness (M,), list of costs (M,) as
     shares of the dense MACs, list of bool (M,) of the examples that count), one panel each."""
-    figure, axes = canvas(1.5 + 4.5 * len(panels), 4.5, 1, len(panels), sharey=True, squeeze=False)
+    figure, axes = canvas(1.5 + 4.5 * max(2, len(panels)), 4.5, 1, len(panels), sharey=True,
+                          squeeze=False)
     place = range(1, 11)
     for axis, (name, hardness, costs, keep) in zip(axes[0], panels):
         deciles, means = np.array_split(np.argsort(hardness, kind="stable"), 10), {}
@@ -874,7 +876,7 @@ def draw_one_class(logs, images, members, count=5):
         order = np.argsort(cost, kind="stable")
         row[count].axis("off")
         for axis, i in zip(np.delete(row, count), [*order[:count], *order[-count:]]):
-            show(axis, images[members[i]], f"{cost[i]:.2f}")
+            show(axis, images[members[i]], f"{cost[i]:.3f}")
         row[0].text(-0.15, 0.5, method, transform=row[0].transAxes, rotation=90, fontsize=9,
                     ha="center", va="center")
     return figure
@@ -953,6 +955,8 @@ def test_images(log, folder):
 
 def read_people(path, log):
     """Counts (N, 10) of how people labelled each test image. Raises UserError."""
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such file")
     try:
         counts = np.load(path, allow_pickle=False)
         assert counts.ndim == 2 and np.issubdtype(counts.dtype, np.number)
@@ -1057,11 +1061,12 @@ def compare(logs, args):
         kind = sorted(set(classes))[len(set(classes)) // 2]         # any class will do
         members = np.flatnonzero(np.array(classes)[first.label] == kind)
         picture("one_class.png", f"the {kind} images that cost each method least, and most (MACs, "
-                "share of the dense ones)", draw_one_class(logs, images, members))
+                "share of the dense ones, mean over seeds)", draw_one_class(logs, images, members))
         picture("strips.png", "images that all find cheap, find costly, or dispute",
                 draw_strips(images, [classes[y] for y in first.label], share, names))
     if any("wall_clock" in log.meta for log in logs):
-        picture("time.png", "MACs saved against time saved", draw_time(logs))
+        picture("time.png", "MACs saved against time saved (rough where runs shared a machine)",
+                draw_time(logs))
     else:
         left_out.append("MACs against time: no log has wall_clock in its meta")
 
@@ -1223,15 +1228,16 @@ def command_line():
     add("--out", default=".", help="folder that receives figures/, and logs/ of --train")
     add("--slim", metavar="FOLDER", help="write small copies of the logs there, and stop")
     add("--train", action="store_true", help="first run the five scripts for the missing logs")
-    add("--dataset", help="with --train: what to learn")
-    add("--size", help="with --train: of the network")
-    add("--seeds", type=int, default=3, help="with --train: seeds 0 to N - 1 of each method")
+    add("--dataset", help="with --train: cifar10 (default), shakespeare, shapes or pydoc")
+    add("--size", help="with --train: tiny, small or base (default: base on a GPU, else small)")
+    add("--seeds", type=int, default=3,
+        help="with --train: seeds 0 to N - 1 of each method (default: 3)")
     add("--budget", type=float, help="with --train: of the methods that have one")
     add("--steps", type=int, help="with --train: stop each run after so many steps")
     add("--epochs", type=float, help="with --train: passes over the training split")
     add("--device", help="with --train: cpu or cuda")
-    add("--jobs", type=int, default=0, help="with --train: runs at once; 0: one on a GPU, else one "
-        "for each core, up to four")
+    add("--jobs", type=int, default=0, help="with --train: runs at once (the times that they log "
+        "are rough then); 0: one on a GPU, else one for each core, up to four")
     try:
         sys.exit(main(parser.parse_args()))
     except (UserError, OSError) as e:

@@ -8,7 +8,9 @@ leave at the first head that is sure enough; the rest of the network does not ru
 One number, the threshold, trades compute for quality after training. An image leaves as a whole. A
 character leaves alone: every position of a text decides for itself, from what came before it, and
 its state is copied to the layers above, where later characters may look for its key and value.
-Those are computed when they are first asked for, and charged to the character that asks.
+Those are computed when they are first asked for, and charged to the character that asks: if of the
+characters 0 1 2 3 only 2 goes on to a layer, it pays there for its own query and MLP, and for the
+keys and values of 0, 1 and 2; had 3 gone on, too, it would have paid for its own alone.
 
 Training, `--loss`
   sum        the heads' cross-entropies, weighted by depth: the plain way, and hard to beat.
@@ -167,7 +169,7 @@ class Model(nn.Module):
         self.early_head_macs = self.twin.head_macs + (cfg.width if cfg.loss == "branching" else 0)
         everyone = (1, cfg.tokens) if cfg.text else (1,)
         self.macs_leaving_at = [self.cost(torch.full(everyone, depth))[0].item()
-                           for depth in range(1, cfg.depth + 1)]
+                                for depth in range(1, cfg.depth + 1)]
 
     def answer_at(self, layer, x):
         """Tokens (B, T, C) of images, (..., C) of a text -> logits (B or ..., K), and certainty
@@ -467,7 +469,7 @@ def read_cifar10(folder):
 def draw_shapes(count, seed):
     """Flowers of 0, 2, 3, 4 or 5 lobes, full or hollow: uint8 (count, 3, 32, 32), label (count,),
     difficulty (count,) in [0, 1], more often low, which fades the shape, cuts it, adds specks and
-    noise. In float64, so that a last bit that differs between machines hardly ever changes a byte."""
+    noise. In float64, so that bits that differ between machines hardly ever change a byte."""
     rng, chunk = np.random.default_rng(seed), 500
     label, difficulty = rng.integers(10, size=count), rng.random(count) ** 1.5
     images, (row, column) = np.empty((count, 3, 32, 32), np.uint8), np.mgrid[-1:1:32j, -1:1:32j]
@@ -582,7 +584,8 @@ def resolve(cfg):
     cfg.batch, cfg.lr = cfg.batch or batch, cfg.lr or lr
     cfg.epochs = cfg.epochs or EPOCHS[cfg.dataset][cfg.size]
     if min(cfg.batch, cfg.lr, cfg.epochs) <= 0 or min(cfg.steps, cfg.seed) < 0:
-        raise UserError("--batch, --lr, --epochs, --steps and --seed must not be negative")
+        raise UserError("--batch, --lr, --epochs, --steps and --seed must not be negative (0 takes "
+                        "the default)")
     if not max(cfg.lr, cfg.epochs, cfg.seed, cfg.steps) < 2 ** 31:
         raise UserError("--lr, --epochs, --steps and --seed must be finite, and less than 2 ** 31")
 
@@ -793,8 +796,9 @@ def command_line(main):
         choices = get_args(f.type)
         kind = dict(action="store_true") if f.type is bool else dict(
             default=f.default, choices=choices or None, type=type(f.default))
+        preset = f" (default: {f.default})" if f.default else ""
         parser.add_argument("--" + f.name.replace("_", "-"), **kind,
-                            help=comments[f.name].replace("%", "%%"))
+                            help=(comments[f.name] + preset).replace("%", "%%"))
     try:
         main(Config(**vars(parser.parse_args())))
     except (UserError, OSError) as e:
@@ -806,20 +810,51 @@ def command_line(main):
 
 # === shared: pictures ===
 def draw_tokens(axis, x, values, most, title):
-    """One example x (3, 32, 32) or (T,), its values per token (T,), 0 to most, laid over it unless
-    they are all the same."""
-    grid = values.reshape(8, 8) if x.ndim == 3 else values.reshape(-1, 16)
+    """One example x (3, 32, 32) or (T,), with its values per token (T,), 0 to most, laid over it
+    unless there are none."""
     if x.ndim == 3:
         axis.imshow(x.transpose(1, 2, 0), extent=(-0.5, 7.5, 7.5, -0.5))
-    if x.ndim == 1 or np.ptp(grid) > 0:
-        axis.imshow(grid, cmap="viridis", vmin=0, vmax=most, alpha=0.55,
-                    aspect="equal" if x.ndim == 3 else "auto")
+    if values is not None:
+        axis.imshow(values.reshape(-1, 8 if x.ndim == 3 else 16), cmap="viridis", vmin=0, vmax=most,
+                    alpha=0.55, aspect="equal" if x.ndim == 3 else "auto")
     if x.ndim == 1:
         for i, code in enumerate(x):
             axis.text(i % 16, i // 16, chr(code).replace("\n", "\\n").replace("$", r"\$"),
                       ha="center", va="center", family="monospace", fontsize=7)
     axis.set_title(title, fontsize=8)
     axis.axis("off")
+# === end shared ===
+
+
+# === shared: quality against compute ===
+def points(cfg, model, y, results):
+    """Results of `evaluate` -> their mean MACs as shares of the dense ones, and their mean losses
+    (text) or accuracies."""
+    return tuple(zip(*[(r["macs"].mean() / model.dense_macs,
+                        (r["loss"] if cfg.text else r["prediction"] == y).mean())
+                       for r in results]))
+
+
+def draw_curves(axis, cfg, curves):
+    """curves {label: points}, the first a sweep that ends with the full model. The star is the
+    static twin of the same seed, if its log is there; what is far worse is cut off."""
+    for (label, (macs, quality)), marker in zip(curves.items(), ("o-", "s--", "^:")):
+        axis.plot(macs, quality, marker, label=label)
+    log = Path(cfg.out, "logs", f"{cfg.dataset}-{cfg.size}", f"relu_sparsity-s{cfg.seed}.npz")
+    name, full = "loss" if cfg.text else "accuracy", next(iter(curves.values()))[1][-1]
+    try:
+        twin = json.loads(str(np.load(log)["meta"]))
+        alike = [twin["config"][key] == getattr(cfg, key)
+                 for key in ("epochs", "steps", "batch", "lr")]
+        if all(alike) and not twin["config"]["sparsity_weight"]:
+            axis.plot(1, twin["full"][name], "k*", label="static twin")
+    except Exception:       # no log there, or a broken one: no star
+        pass
+    bottom, top = axis.get_ylim()
+    axis.set_ylim(bottom if cfg.text else max(bottom, 0.9 * full),
+                  min(top, 1.25 * full) if cfg.text else top)
+    axis.set(xlabel="MACs / dense MACs", ylabel=name, title="Quality against compute")
+    axis.legend()
 # === end shared ===
 
 
@@ -865,19 +900,11 @@ def draw(path, cfg, data, model, result, depth, sweep, correct, loss, gain):
     figure, y = Figure(figsize=(13, 8), layout="constrained"), data.test[1].cpu().numpy()
     top, bottom = figure.subfigures(2, 1, height_ratios=(3, 2))
     curve, exits, missed = top.subplots(1, 3)
-    quality = "loss" if cfg.text else "accuracy"
     earlier_heads = np.arange(cfg.depth) * model.early_head_macs * (cfg.tokens if cfg.text else 1)
     alone = np.array(model.macs_leaving_at) - earlier_heads
     each = (loss if cfg.text else correct).reshape(cfg.depth, -1).mean(1)
-    curve.plot(alone / model.dense_macs, each, "s-", label="the same exit for all")
-    curve.plot([r["macs"].mean() / model.dense_macs for r in sweep.values()],
-               [(r["loss"] if cfg.text else r["prediction"] == y).mean() for r in sweep.values()],
-               "o-", label="each leaves when sure")
-    for twin in Path(cfg.out, "logs", path.parent.name).glob("relu_sparsity-s*.npz"):
-        static = json.loads(str(np.load(twin)["meta"]))["full"][quality]
-        curve.plot(1, static, "k*", label=f"static twin, {twin.stem.split('-')[-1]}")
-    curve.set(xlabel="MACs / dense MACs", ylabel=quality, title="Quality against compute")
-    curve.legend()
+    draw_curves(curve, cfg, {"each leaves when sure": points(cfg, model, y, sweep.values()),
+                             "the same exit for all": (alone / model.dense_macs, each)})
     right = result["prediction"] == y
     exits.hist([depth[right], depth[~right]], np.arange(0.5, cfg.depth + 1), stacked=True,
                label=["right", "wrong"])
@@ -887,7 +914,7 @@ def draw(path, cfg, data, model, result, depth, sweep, correct, loss, gain):
     exits.legend()
     missed.bar(range(1, 11), gain)
     missed.set(title="What going on would gain", ylabel="loss, first head minus last",
-               xlabel="tenth by certainty of the first head")
+               xlabel="tenth by certainty of the first head, least first")
 
     order = np.argsort(result["loss"].reshape(len(y), -1).mean(1), kind="stable")
     order = order[np.argsort(result["macs"][order], kind="stable")]     # ties in MACs: by loss
@@ -895,8 +922,9 @@ def draw(path, cfg, data, model, result, depth, sweep, correct, loss, gain):
         for column, axis in enumerate(row):
             i = ranked[column] if cfg.text else ranked[y[ranked] == column][0]
             name = "" if cfg.text else NAMES[cfg.dataset][column]
-            draw_tokens(axis, data.test[0][i].cpu().numpy(), np.broadcast_to(depth[i], cfg.tokens),
+            draw_tokens(axis, data.test[0][i].cpu().numpy(), depth[i] if cfg.text else None,
                         cfg.depth, f"{name} {spent[i]:.2f}")
+    bottom.suptitle("MACs / dense MACs: who leaves first, who last")
     figure.savefig(path, dpi=120)
 
 

@@ -23,8 +23,10 @@ How a gate learns, `--estimator`
   reinforce   the score function: log p(g) pushed by how much better the sampled gates did than
               the greedy ones (self-critical baseline). Exact in expectation, and noisy.
 
-The budget term is (mean MACs - budget)^2 over a batch. It is not a term for each example: that
-would push every example to the same MACs, and whatever adapts to the input would be gone. After
+The loss is the cross-entropy plus 10 (mean MACs - budget)^2 over a batch, MACs and budget as shares
+of what gates can switch. There is no such term for each example: that would push every example to
+the same MACs, and whatever adapts to the input would be gone. An eighth of each batch runs with all
+gates open and stays out of that term, or else nothing above the budget would be trained. After
 training there is no noise: a module runs where z > threshold; 0 is the rule of training, and the
 threshold is moved until the budget is met on the calibration split.
 
@@ -316,14 +318,14 @@ def surrogate(model, x, y, estimator, budget_weight):
     were sampled."""
     logits, z, gates = model.everything(x, sampled(estimator))
     each = cross_entropy(logits, y).reshape(len(y), -1).mean(1)                         # (B,)
-    z, gates = (part[len(x) // 8:] for part in (z, gates))
+    rest = slice(len(x) // 8, None)                                 # all but those with all open
+    z, gates = z[rest], gates[rest]
     excess = model.excess(gates)
     loss = each.mean() + budget_weight * excess.square().mean()
     if estimator == "reinforce":
-        x, y = x[len(x) // 8:], y[len(x) // 8:]
         with torch.no_grad():       # the greedy gates are the baseline, for loss and for MACs
-            greedy, _, open_ = model.everything(x, lambda layer, z: (z > 0).to(z.dtype))
-            better = cross_entropy(greedy, y).reshape(len(y), -1).mean(1) - each[-len(x):]
+            greedy, _, open_ = model.everything(x[rest], lambda layer, z: (z > 0).to(z.dtype))
+            better = cross_entropy(greedy, y[rest]).reshape(len(z), -1).mean(1) - each[rest]
             price = 2 * budget_weight * excess / len(excess)            # of MACs, on this batch
             cheaper = ((model.used(open_) - model.used(gates)) * price).sum(1)
         loss = loss + score_function(z, gates, better + cheaper)
@@ -517,7 +519,7 @@ def read_cifar10(folder):
 def draw_shapes(count, seed):
     """Flowers of 0, 2, 3, 4 or 5 lobes, full or hollow: uint8 (count, 3, 32, 32), label (count,),
     difficulty (count,) in [0, 1], more often low, which fades the shape, cuts it, adds specks and
-    noise. In float64, so that a last bit that differs between machines hardly ever changes a byte."""
+    noise. In float64, so that bits that differ between machines hardly ever change a byte."""
     rng, chunk = np.random.default_rng(seed), 500
     label, difficulty = rng.integers(10, size=count), rng.random(count) ** 1.5
     images, (row, column) = np.empty((count, 3, 32, 32), np.uint8), np.mgrid[-1:1:32j, -1:1:32j]
@@ -632,7 +634,8 @@ def resolve(cfg):
     cfg.batch, cfg.lr = cfg.batch or batch, cfg.lr or lr
     cfg.epochs = cfg.epochs or EPOCHS[cfg.dataset][cfg.size]
     if min(cfg.batch, cfg.lr, cfg.epochs) <= 0 or min(cfg.steps, cfg.seed) < 0:
-        raise UserError("--batch, --lr, --epochs, --steps and --seed must not be negative")
+        raise UserError("--batch, --lr, --epochs, --steps and --seed must not be negative (0 takes "
+                        "the default)")
     if not max(cfg.lr, cfg.epochs, cfg.seed, cfg.steps) < 2 ** 31:
         raise UserError("--lr, --epochs, --steps and --seed must be finite, and less than 2 ** 31")
 
@@ -843,8 +846,9 @@ def command_line(main):
         choices = get_args(f.type)
         kind = dict(action="store_true") if f.type is bool else dict(
             default=f.default, choices=choices or None, type=type(f.default))
+        preset = f" (default: {f.default})" if f.default else ""
         parser.add_argument("--" + f.name.replace("_", "-"), **kind,
-                            help=comments[f.name].replace("%", "%%"))
+                            help=(comments[f.name] + preset).replace("%", "%%"))
     try:
         main(Config(**vars(parser.parse_args())))
     except (UserError, OSError) as e:
@@ -856,20 +860,51 @@ def command_line(main):
 
 # === shared: pictures ===
 def draw_tokens(axis, x, values, most, title):
-    """One example x (3, 32, 32) or (T,), its values per token (T,), 0 to most, laid over it unless
-    they are all the same."""
-    grid = values.reshape(8, 8) if x.ndim == 3 else values.reshape(-1, 16)
+    """One example x (3, 32, 32) or (T,), with its values per token (T,), 0 to most, laid over it
+    unless there are none."""
     if x.ndim == 3:
         axis.imshow(x.transpose(1, 2, 0), extent=(-0.5, 7.5, 7.5, -0.5))
-    if x.ndim == 1 or np.ptp(grid) > 0:
-        axis.imshow(grid, cmap="viridis", vmin=0, vmax=most, alpha=0.55,
-                    aspect="equal" if x.ndim == 3 else "auto")
+    if values is not None:
+        axis.imshow(values.reshape(-1, 8 if x.ndim == 3 else 16), cmap="viridis", vmin=0, vmax=most,
+                    alpha=0.55, aspect="equal" if x.ndim == 3 else "auto")
     if x.ndim == 1:
         for i, code in enumerate(x):
             axis.text(i % 16, i // 16, chr(code).replace("\n", "\\n").replace("$", r"\$"),
                       ha="center", va="center", family="monospace", fontsize=7)
     axis.set_title(title, fontsize=8)
     axis.axis("off")
+# === end shared ===
+
+
+# === shared: quality against compute ===
+def points(cfg, model, y, results):
+    """Results of `evaluate` -> their mean MACs as shares of the dense ones, and their mean losses
+    (text) or accuracies."""
+    return tuple(zip(*[(r["macs"].mean() / model.dense_macs,
+                        (r["loss"] if cfg.text else r["prediction"] == y).mean())
+                       for r in results]))
+
+
+def draw_curves(axis, cfg, curves):
+    """curves {label: points}, the first a sweep that ends with the full model. The star is the
+    static twin of the same seed, if its log is there; what is far worse is cut off."""
+    for (label, (macs, quality)), marker in zip(curves.items(), ("o-", "s--", "^:")):
+        axis.plot(macs, quality, marker, label=label)
+    log = Path(cfg.out, "logs", f"{cfg.dataset}-{cfg.size}", f"relu_sparsity-s{cfg.seed}.npz")
+    name, full = "loss" if cfg.text else "accuracy", next(iter(curves.values()))[1][-1]
+    try:
+        twin = json.loads(str(np.load(log)["meta"]))
+        alike = [twin["config"][key] == getattr(cfg, key)
+                 for key in ("epochs", "steps", "batch", "lr")]
+        if all(alike) and not twin["config"]["sparsity_weight"]:
+            axis.plot(1, twin["full"][name], "k*", label="static twin")
+    except Exception:       # no log there, or a broken one: no star
+        pass
+    bottom, top = axis.get_ylim()
+    axis.set_ylim(bottom if cfg.text else max(bottom, 0.9 * full),
+                  min(top, 1.25 * full) if cfg.text else top)
+    axis.set(xlabel="MACs / dense MACs", ylabel=name, title="Quality against compute")
+    axis.legend()
 # === end shared ===
 
 
@@ -946,20 +981,10 @@ def draw(path, cfg, data, model, result, gates, sweep, control):
     units = gates.shape[3]
     rate.set(title="How often each gate is open", yticks=range(len(names)), yticklabels=names,
              xticks=np.arange(cfg.depth) * units + (units - 1) / 2,
-             xticklabels=[f"block {layer + 1}" for layer in range(cfg.depth)])
-    quality = "loss" if cfg.text else "accuracy"
-
-    def point(r):
-        return (r["macs"].mean() / model.dense_macs,
-                (r["loss"] if cfg.text else r["prediction"] == y).mean())
-
-    curve.plot(*zip(*map(point, sweep.values())), "o-", label="learned gates")
-    curve.plot(*zip(*map(point, control.values())), "s--", label="random, as often open")
-    for twin in Path(cfg.out, "logs", path.parent.name).glob("relu_sparsity-s*.npz"):
-        static = json.loads(str(np.load(twin)["meta"]))["full"][quality]
-        curve.plot(1, static, "k*", label=f"static twin, {twin.stem.split('-')[-1]}")
-    curve.set(xlabel="MACs / dense MACs", ylabel=quality, title="Quality against compute")
-    curve.legend()
+             xticklabels=[f"block {layer + 1}" for layer in range(cfg.depth)],
+             xlabel="token" if cfg.grain == "token" else "of each: attention, MLP")
+    draw_curves(curve, cfg, {"learned gates": points(cfg, model, y, sweep.values()),
+                             "random, as often open": points(cfg, model, y, control.values())})
     spent = result["macs"] / model.dense_macs
     right = (result["prediction"] == y).reshape(len(y), -1).mean(1) > 0.5
     spread.hist([spent[right], spent[~right]], 40, stacked=True,
@@ -973,8 +998,10 @@ def draw(path, cfg, data, model, result, gates, sweep, control):
         for column, axis in enumerate(row):
             i = ranked[column] if cfg.text else ranked[y[ranked] == column][0]
             name = "" if cfg.text else NAMES[cfg.dataset][column]
-            draw_tokens(axis, data.test[0][i].cpu().numpy(), result["token_macs"][i], most,
+            by_token = result["token_macs"][i] if model.by_token else None
+            draw_tokens(axis, data.test[0][i].cpu().numpy(), by_token, most,
                         f"{name} {spent[i]:.2f}")
+    bottom.suptitle("MACs / dense MACs: who uses the fewest modules, who the most")
     figure.savefig(path, dpi=120)
 
 

@@ -20,7 +20,8 @@ whatever the router says, and its derivative 0: the task would not teach the rou
 
 Left alone, routers collapse: an expert that is used learns, so it is used more. The balance loss
 E * sum_e f_e P_e (f: share of all work done by e; P: mean of p) is 1 where the load is even.
-`--balance 0` shows what happens without it.
+`--balance 0` shows what happens without it. The loss is the cross-entropy + 0.01 balance
++ 0.001 logsumexp(scores)^2, which keeps scores small, + 0.0001 entropy of p, which keeps p decided.
 
     python moe.py                          # CIFAR-10; base on a GPU, small without one
     python moe.py --dataset shakespeare    # characters
@@ -420,7 +421,7 @@ def read_cifar10(folder):
 def draw_shapes(count, seed):
     """Flowers of 0, 2, 3, 4 or 5 lobes, full or hollow: uint8 (count, 3, 32, 32), label (count,),
     difficulty (count,) in [0, 1], more often low, which fades the shape, cuts it, adds specks and
-    noise. In float64, so that a last bit that differs between machines hardly ever changes a byte."""
+    noise. In float64, so that bits that differ between machines hardly ever change a byte."""
     rng, chunk = np.random.default_rng(seed), 500
     label, difficulty = rng.integers(10, size=count), rng.random(count) ** 1.5
     images, (row, column) = np.empty((count, 3, 32, 32), np.uint8), np.mgrid[-1:1:32j, -1:1:32j]
@@ -535,7 +536,8 @@ def resolve(cfg):
     cfg.batch, cfg.lr = cfg.batch or batch, cfg.lr or lr
     cfg.epochs = cfg.epochs or EPOCHS[cfg.dataset][cfg.size]
     if min(cfg.batch, cfg.lr, cfg.epochs) <= 0 or min(cfg.steps, cfg.seed) < 0:
-        raise UserError("--batch, --lr, --epochs, --steps and --seed must not be negative")
+        raise UserError("--batch, --lr, --epochs, --steps and --seed must not be negative (0 takes "
+                        "the default)")
     if not max(cfg.lr, cfg.epochs, cfg.seed, cfg.steps) < 2 ** 31:
         raise UserError("--lr, --epochs, --steps and --seed must be finite, and less than 2 ** 31")
 
@@ -746,8 +748,9 @@ def command_line(main):
         choices = get_args(f.type)
         kind = dict(action="store_true") if f.type is bool else dict(
             default=f.default, choices=choices or None, type=type(f.default))
+        preset = f" (default: {f.default})" if f.default else ""
         parser.add_argument("--" + f.name.replace("_", "-"), **kind,
-                            help=comments[f.name].replace("%", "%%"))
+                            help=(comments[f.name] + preset).replace("%", "%%"))
     try:
         main(Config(**vars(parser.parse_args())))
     except (UserError, OSError) as e:
@@ -759,20 +762,51 @@ def command_line(main):
 
 # === shared: pictures ===
 def draw_tokens(axis, x, values, most, title):
-    """One example x (3, 32, 32) or (T,), its values per token (T,), 0 to most, laid over it unless
-    they are all the same."""
-    grid = values.reshape(8, 8) if x.ndim == 3 else values.reshape(-1, 16)
+    """One example x (3, 32, 32) or (T,), with its values per token (T,), 0 to most, laid over it
+    unless there are none."""
     if x.ndim == 3:
         axis.imshow(x.transpose(1, 2, 0), extent=(-0.5, 7.5, 7.5, -0.5))
-    if x.ndim == 1 or np.ptp(grid) > 0:
-        axis.imshow(grid, cmap="viridis", vmin=0, vmax=most, alpha=0.55,
-                    aspect="equal" if x.ndim == 3 else "auto")
+    if values is not None:
+        axis.imshow(values.reshape(-1, 8 if x.ndim == 3 else 16), cmap="viridis", vmin=0, vmax=most,
+                    alpha=0.55, aspect="equal" if x.ndim == 3 else "auto")
     if x.ndim == 1:
         for i, code in enumerate(x):
             axis.text(i % 16, i // 16, chr(code).replace("\n", "\\n").replace("$", r"\$"),
                       ha="center", va="center", family="monospace", fontsize=7)
     axis.set_title(title, fontsize=8)
     axis.axis("off")
+# === end shared ===
+
+
+# === shared: quality against compute ===
+def points(cfg, model, y, results):
+    """Results of `evaluate` -> their mean MACs as shares of the dense ones, and their mean losses
+    (text) or accuracies."""
+    return tuple(zip(*[(r["macs"].mean() / model.dense_macs,
+                        (r["loss"] if cfg.text else r["prediction"] == y).mean())
+                       for r in results]))
+
+
+def draw_curves(axis, cfg, curves):
+    """curves {label: points}, the first a sweep that ends with the full model. The star is the
+    static twin of the same seed, if its log is there; what is far worse is cut off."""
+    for (label, (macs, quality)), marker in zip(curves.items(), ("o-", "s--", "^:")):
+        axis.plot(macs, quality, marker, label=label)
+    log = Path(cfg.out, "logs", f"{cfg.dataset}-{cfg.size}", f"relu_sparsity-s{cfg.seed}.npz")
+    name, full = "loss" if cfg.text else "accuracy", next(iter(curves.values()))[1][-1]
+    try:
+        twin = json.loads(str(np.load(log)["meta"]))
+        alike = [twin["config"][key] == getattr(cfg, key)
+                 for key in ("epochs", "steps", "batch", "lr")]
+        if all(alike) and not twin["config"]["sparsity_weight"]:
+            axis.plot(1, twin["full"][name], "k*", label="static twin")
+    except Exception:       # no log there, or a broken one: no star
+        pass
+    bottom, top = axis.get_ylim()
+    axis.set_ylim(bottom if cfg.text else max(bottom, 0.9 * full),
+                  min(top, 1.25 * full) if cfg.text else top)
+    axis.set(xlabel="MACs / dense MACs", ylabel=name, title="Quality against compute")
+    axis.legend()
 # === end shared ===
 
 
@@ -873,16 +907,8 @@ def draw(path, cfg, data, model, result, chosen, sweep, controls):
     use.set_title(f"Which experts a {'character' if cfg.text else 'class'} uses")
 
     quality = "loss" if cfg.text else "accuracy"
-    curve.plot([r["macs"].mean() / model.dense_macs for r in sweep.values()],
-               [(r["loss"] if cfg.text else r["prediction"] == y).mean() for r in sweep.values()],
-               "o-", label=f"experts, {cfg.routing}")
-    for twin in Path(cfg.out, "logs", path.parent.name).glob("relu_sparsity-s*.npz"):
-        static = json.loads(str(np.load(twin)["meta"]))["full"][quality]
-        curve.plot(1, static, "k*", label=f"static twin, {twin.stem.split('-')[-1]}")
-    for (name, control), marker in zip(controls.items(), "sD"):
-        curve.plot(control["budget"], control[quality], marker, label=f"dense, {name}")
-    curve.set(xlabel="MACs / dense MACs", ylabel=quality, title="Quality against compute")
-    curve.legend()
+    draw_curves(curve, cfg, {f"experts, {cfg.routing}": points(cfg, model, y, sweep.values()), **{
+        f"dense, {name}": ([r["budget"]], [r[quality]]) for name, r in controls.items()}})
 
     experts = chosen.sum(-1).mean(0)                                            # (N, T)
     order = np.argsort(result["macs"], kind="stable")

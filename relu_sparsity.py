@@ -80,6 +80,8 @@ class Config:
 
     def __post_init__(self):
         resolve(self)
+        if not 0 <= self.sparsity_weight < math.inf:
+            raise UserError("--sparsity-weight must be finite, and not negative")
 
 
 # Shapes below: B batch, T tokens, C width, H hidden neurons, K classes or characters.
@@ -96,10 +98,12 @@ def sparse_product(h, weight):
     """h @ weight, reading only those rows of `weight` whose activation is not zero.
 
     h (N, H), weight (H, C) -> (N, C) for nnz(h) * C MACs: embedding_bag adds up, for each row of h,
-    the listed rows of `weight`, each times its activation."""
+    the listed rows of `weight`, each times its activation. They are read in one piece each, many
+    times faster than the columns of a transposed matrix, hence the copy."""
     row, neuron = h.nonzero(as_tuple=True)                                      # (nnz,), (nnz,)
     start = torch.searchsorted(row, torch.arange(len(h), device=h.device))      # where each begins
-    return F.embedding_bag(neuron, weight, start, mode="sum", per_sample_weights=h[row, neuron])
+    return F.embedding_bag(neuron, weight.contiguous(), start, mode="sum",
+                           per_sample_weights=h[row, neuron])
 
 
 class Model(nn.Module):
@@ -342,7 +346,7 @@ def read_cifar10(folder):
 def draw_shapes(count, seed):
     """Flowers of 0, 2, 3, 4 or 5 lobes, full or hollow: uint8 (count, 3, 32, 32), label (count,),
     difficulty (count,) in [0, 1], more often low, which fades the shape, cuts it, adds specks and
-    noise. In float64, so that a last bit that differs between machines hardly ever changes a byte."""
+    noise. In float64, so that bits that differ between machines hardly ever change a byte."""
     rng, chunk = np.random.default_rng(seed), 500
     label, difficulty = rng.integers(10, size=count), rng.random(count) ** 1.5
     images, (row, column) = np.empty((count, 3, 32, 32), np.uint8), np.mgrid[-1:1:32j, -1:1:32j]
@@ -457,7 +461,8 @@ def resolve(cfg):
     cfg.batch, cfg.lr = cfg.batch or batch, cfg.lr or lr
     cfg.epochs = cfg.epochs or EPOCHS[cfg.dataset][cfg.size]
     if min(cfg.batch, cfg.lr, cfg.epochs) <= 0 or min(cfg.steps, cfg.seed) < 0:
-        raise UserError("--batch, --lr, --epochs, --steps and --seed must not be negative")
+        raise UserError("--batch, --lr, --epochs, --steps and --seed must not be negative (0 takes "
+                        "the default)")
     if not max(cfg.lr, cfg.epochs, cfg.seed, cfg.steps) < 2 ** 31:
         raise UserError("--lr, --epochs, --steps and --seed must be finite, and less than 2 ** 31")
 
@@ -668,8 +673,9 @@ def command_line(main):
         choices = get_args(f.type)
         kind = dict(action="store_true") if f.type is bool else dict(
             default=f.default, choices=choices or None, type=type(f.default))
+        preset = f" (default: {f.default})" if f.default else ""
         parser.add_argument("--" + f.name.replace("_", "-"), **kind,
-                            help=comments[f.name].replace("%", "%%"))
+                            help=(comments[f.name] + preset).replace("%", "%%"))
     try:
         main(Config(**vars(parser.parse_args())))
     except (UserError, OSError) as e:
@@ -681,14 +687,13 @@ def command_line(main):
 
 # === shared: pictures ===
 def draw_tokens(axis, x, values, most, title):
-    """One example x (3, 32, 32) or (T,), its values per token (T,), 0 to most, laid over it unless
-    they are all the same."""
-    grid = values.reshape(8, 8) if x.ndim == 3 else values.reshape(-1, 16)
+    """One example x (3, 32, 32) or (T,), with its values per token (T,), 0 to most, laid over it
+    unless there are none."""
     if x.ndim == 3:
         axis.imshow(x.transpose(1, 2, 0), extent=(-0.5, 7.5, 7.5, -0.5))
-    if x.ndim == 1 or np.ptp(grid) > 0:
-        axis.imshow(grid, cmap="viridis", vmin=0, vmax=most, alpha=0.55,
-                    aspect="equal" if x.ndim == 3 else "auto")
+    if values is not None:
+        axis.imshow(values.reshape(-1, 8 if x.ndim == 3 else 16), cmap="viridis", vmin=0, vmax=most,
+                    alpha=0.55, aspect="equal" if x.ndim == 3 else "auto")
     if x.ndim == 1:
         for i, code in enumerate(x):
             axis.text(i % 16, i // 16, chr(code).replace("\n", "\\n").replace("$", r"\$"),

@@ -18,10 +18,12 @@ Training, `--phases`. Those named share the epochs that the static twin trains f
                 |y_k - y|^2 by less than a factor of 1.2; from 0, not one is worth it, to N, all are
   3  by task    everything, with counts sampled by the gates. A learner's neurons are multiplied by
                 the sample's one or zero, which has the gradient of its relaxation (Gumbel-softmax),
-                so that the loss tells gates what a learner is worth. Three terms are added:
-                (mean MACs - budget)^2, minus the entropy of the counts, so that all are in use,
-                minus the mean difference between two images' counts, so that images differ. An
-                eighth of the examples runs all learners, so that these are trained, too
+                so that the loss tells gates what a learner is worth. The loss is the cross-entropy
+                + 10 (mean MACs - budget)^2, as shares of the dense ones
+                - 0.05 entropy of the counts (1 where all are equally frequent): all are in use
+                - 0.1 mean difference between two images' shares of learners: images differ.
+                An eighth of each batch runs all learners and stays out of these three terms, or
+                else nothing above the budget would be trained
 
 After training nothing is sampled: learner n runs where the log-odds of the gate's P(count >= n)
 are above the threshold.
@@ -43,8 +45,8 @@ MLP itself, so that all of them are the static network; (2) the output bias is a
 is what zero learners give; (3) the budget counts all MACs, the gates' own included; (4) counts are
 decided by a threshold on the odds of P(count >= n), which moves the compute after training; the
 paper takes the most probable count; (5) errors are in units of each layer's variance; (6) an eighth
-of every batch runs all learners; (7) phases 0 to 2 are left out by default; (8) no diversity term on
-text, where windows need not differ (dropped after one seed's test loss had been seen to be worse).
+of every batch runs all learners; (7) phases 0 to 2 are left out by default; (8) no diversity term
+on text, where windows need not differ (dropped after one seed's test loss had been seen to suffer).
 """
 import argparse
 import copy
@@ -503,7 +505,7 @@ def read_cifar10(folder):
 def draw_shapes(count, seed):
     """Flowers of 0, 2, 3, 4 or 5 lobes, full or hollow: uint8 (count, 3, 32, 32), label (count,),
     difficulty (count,) in [0, 1], more often low, which fades the shape, cuts it, adds specks and
-    noise. In float64, so that a last bit that differs between machines hardly ever changes a byte."""
+    noise. In float64, so that bits that differ between machines hardly ever change a byte."""
     rng, chunk = np.random.default_rng(seed), 500
     label, difficulty = rng.integers(10, size=count), rng.random(count) ** 1.5
     images, (row, column) = np.empty((count, 3, 32, 32), np.uint8), np.mgrid[-1:1:32j, -1:1:32j]
@@ -618,7 +620,8 @@ def resolve(cfg):
     cfg.batch, cfg.lr = cfg.batch or batch, cfg.lr or lr
     cfg.epochs = cfg.epochs or EPOCHS[cfg.dataset][cfg.size]
     if min(cfg.batch, cfg.lr, cfg.epochs) <= 0 or min(cfg.steps, cfg.seed) < 0:
-        raise UserError("--batch, --lr, --epochs, --steps and --seed must not be negative")
+        raise UserError("--batch, --lr, --epochs, --steps and --seed must not be negative (0 takes "
+                        "the default)")
     if not max(cfg.lr, cfg.epochs, cfg.seed, cfg.steps) < 2 ** 31:
         raise UserError("--lr, --epochs, --steps and --seed must be finite, and less than 2 ** 31")
 
@@ -829,8 +832,9 @@ def command_line(main):
         choices = get_args(f.type)
         kind = dict(action="store_true") if f.type is bool else dict(
             default=f.default, choices=choices or None, type=type(f.default))
+        preset = f" (default: {f.default})" if f.default else ""
         parser.add_argument("--" + f.name.replace("_", "-"), **kind,
-                            help=comments[f.name].replace("%", "%%"))
+                            help=(comments[f.name] + preset).replace("%", "%%"))
     try:
         main(Config(**vars(parser.parse_args())))
     except (UserError, OSError) as e:
@@ -842,20 +846,51 @@ def command_line(main):
 
 # === shared: pictures ===
 def draw_tokens(axis, x, values, most, title):
-    """One example x (3, 32, 32) or (T,), its values per token (T,), 0 to most, laid over it unless
-    they are all the same."""
-    grid = values.reshape(8, 8) if x.ndim == 3 else values.reshape(-1, 16)
+    """One example x (3, 32, 32) or (T,), with its values per token (T,), 0 to most, laid over it
+    unless there are none."""
     if x.ndim == 3:
         axis.imshow(x.transpose(1, 2, 0), extent=(-0.5, 7.5, 7.5, -0.5))
-    if x.ndim == 1 or np.ptp(grid) > 0:
-        axis.imshow(grid, cmap="viridis", vmin=0, vmax=most, alpha=0.55,
-                    aspect="equal" if x.ndim == 3 else "auto")
+    if values is not None:
+        axis.imshow(values.reshape(-1, 8 if x.ndim == 3 else 16), cmap="viridis", vmin=0, vmax=most,
+                    alpha=0.55, aspect="equal" if x.ndim == 3 else "auto")
     if x.ndim == 1:
         for i, code in enumerate(x):
             axis.text(i % 16, i // 16, chr(code).replace("\n", "\\n").replace("$", r"\$"),
                       ha="center", va="center", family="monospace", fontsize=7)
     axis.set_title(title, fontsize=8)
     axis.axis("off")
+# === end shared ===
+
+
+# === shared: quality against compute ===
+def points(cfg, model, y, results):
+    """Results of `evaluate` -> their mean MACs as shares of the dense ones, and their mean losses
+    (text) or accuracies."""
+    return tuple(zip(*[(r["macs"].mean() / model.dense_macs,
+                        (r["loss"] if cfg.text else r["prediction"] == y).mean())
+                       for r in results]))
+
+
+def draw_curves(axis, cfg, curves):
+    """curves {label: points}, the first a sweep that ends with the full model. The star is the
+    static twin of the same seed, if its log is there; what is far worse is cut off."""
+    for (label, (macs, quality)), marker in zip(curves.items(), ("o-", "s--", "^:")):
+        axis.plot(macs, quality, marker, label=label)
+    log = Path(cfg.out, "logs", f"{cfg.dataset}-{cfg.size}", f"relu_sparsity-s{cfg.seed}.npz")
+    name, full = "loss" if cfg.text else "accuracy", next(iter(curves.values()))[1][-1]
+    try:
+        twin = json.loads(str(np.load(log)["meta"]))
+        alike = [twin["config"][key] == getattr(cfg, key)
+                 for key in ("epochs", "steps", "batch", "lr")]
+        if all(alike) and not twin["config"]["sparsity_weight"]:
+            axis.plot(1, twin["full"][name], "k*", label="static twin")
+    except Exception:       # no log there, or a broken one: no star
+        pass
+    bottom, top = axis.get_ylim()
+    axis.set_ylim(bottom if cfg.text else max(bottom, 0.9 * full),
+                  min(top, 1.25 * full) if cfg.text else top)
+    axis.set(xlabel="MACs / dense MACs", ylabel=name, title="Quality against compute")
+    axis.legend()
 # === end shared ===
 
 
@@ -910,21 +945,11 @@ def draw(path, cfg, data, model, result, count, sweep, control, learned):
     figure, y = Figure(figsize=(15, 11), layout="constrained"), data.test[1].cpu().numpy()
     top, bottom = figure.subfigures(2, 1, height_ratios=(3, 2))
     (curve, by_layer, by_count), (layers, tokens, examples) = top.subplots(2, 3)
-    quality, numbers = "loss" if cfg.text else "accuracy", range(cfg.learners + 1)
-
-    def points(results):
-        return zip(*[(r["macs"].mean() / model.dense_macs,
-                      (r["loss"] if cfg.text else r["prediction"] == y).mean()) for r in results])
-
-    curve.plot(*points(sweep.values()), "o-", label="by the gates")
-    for name, marker, results in zip(("at random, as many in each layer", "the same for all"),
-                                     ("s--", "^:"), (control["random"], control["even"])):
-        curve.plot(*points(results), marker, label=name)
-    for twin in Path(cfg.out, "logs", path.parent.name).glob("relu_sparsity-s*.npz"):
-        static = json.loads(str(np.load(twin)["meta"]))["full"][quality]
-        curve.plot(1, static, "k*", label=f"static twin, {twin.stem.split('-')[-1]}")
-    curve.set(xlabel="MACs / dense MACs", ylabel=quality, title="Quality against compute")
-    curve.legend()
+    numbers = range(cfg.learners + 1)
+    draw_curves(curve, cfg, {
+        "by the gates": points(cfg, model, y, sweep.values()),
+        "at random, as many in each layer": points(cfg, model, y, control["random"]),
+        "the same for all": points(cfg, model, y, control["even"])})
     for axis, table, name in ((by_layer, learned["error"], "layer"),
                               (by_count, learned["error_by_count"], "gets")):
         for index, errors in enumerate(table):
@@ -941,7 +966,7 @@ def draw(path, cfg, data, model, result, count, sweep, control, learned):
         layers.barh(range(1, cfg.depth + 1), share[k], left=left[k], label=str(k))
     layers.set(title="Learners by layer", xlabel="share of tokens", ylabel="layer",
                yticks=range(1, cfg.depth + 1))
-    layers.legend(ncols=cfg.learners + 1, fontsize=7)
+    layers.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     tokens.hist(count.sum(2).flatten(), np.arange(-0.5, model.most + 1))
     tokens.set(title="Learners of a token, all layers", xlabel="learners", ylabel="tokens")
     mean = count.mean((1, 2))
@@ -959,6 +984,7 @@ def draw(path, cfg, data, model, result, count, sweep, control, learned):
             name = "" if cfg.text else NAMES[cfg.dataset][column]
             draw_tokens(axis, data.test[0][i].cpu().numpy(), count[i].sum(1), most,
                         f"{name} {mean[i]:.2f}")
+    bottom.suptitle("Learners per token and layer: who gets fewest, who most")
     figure.savefig(path, dpi=120)
 
 
@@ -986,12 +1012,14 @@ def main(cfg):
                            steps=cfg.steps and max(1, round(share * cfg.steps)))
             seconds[number] = train(model, data, part, objective, f"phase {number}: {name}")
 
-    phase("0", "dense", train_dense)
-    sort_neurons(model.twin, network_input(data.calibration[0][:500]))
-    teacher = copy.deepcopy(model.twin).eval()
-    phase("1", "distil", functools.partial(distil, teacher=teacher))
-    phase("2", "gates", functools.partial(fit_gates, teacher=teacher))
-    taught = error_table(model, teacher, data.calibration)
+    errors = None
+    if cfg.phases != "3":
+        phase("0", "dense", train_dense)
+        sort_neurons(model.twin.eval(), network_input(data.calibration[0][:500]))
+        teacher = copy.deepcopy(model.twin)
+        phase("1", "distil", functools.partial(distil, teacher=teacher))
+        phase("2", "gates", functools.partial(fit_gates, teacher=teacher))
+        errors = error_table(model, teacher, data.calibration)
     phase("3", "by the task", objective)
 
     threshold, thresholds = calibrate(model, data.calibration, cfg.budget)
@@ -999,17 +1027,16 @@ def main(cfg):
     sweep = {t: evaluate(model.skipping, data.test, t) for t in tqdm(thresholds, "sweep")}
     control = dict(even=[], random=[])
     for t in tqdm([*thresholds[2:-1:3], threshold], "controls"):
-        count = counts(model, data.test, t)                                     # (examples, T, L)
-        for name, r in zip(control, controls(model, data.test, t, count, cfg.seed)):
+        seen = counts(model, data.calibration, t)
+        for name, r in zip(control, controls(model, data.test, t, seen, cfg.seed)):
             control[name].append(r)
-    y = data.test[1].cpu().numpy()
+    y, count = data.test[1].cpu().numpy(), counts(model, data.test, threshold)  # (examples, T, L)
     own, by_count = error_table(model, model.twin, data.test, count)
-    has_teacher = bool({"0", "1"} & set(cfg.phases))
     learned = dict(
         seconds=seconds, mean_count=count.mean((0, 1)).tolist(),
         histogram=[(count == k).mean((0, 1)).tolist() for k in range(cfg.learners + 1)],
-        error=(taught if has_teacher else own).tolist(), error_after=own.tolist(),
-        error_against="the dense MLP" if has_teacher else "all N",
+        error=(own if errors is None else errors).tolist(), error_after=own.tolist(),
+        error_against="all N" if errors is None else "the dense MLP",
         error_by_count=by_count.tolist())
     for name in control:
         at_budget = control[name][-1]

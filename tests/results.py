@@ -54,15 +54,19 @@ def quality_at(curve, budget):
     return np.interp(budget, macs, quality)
 
 
+def times(metas, batch):
+    """Time of `skipping` as a share of the dense twin's, of the runs that have it."""
+    return [meta["wall_clock"][f"skipping_ms_batch_{batch}"] / meta["wall_clock"][f"dense_ms_batch_{batch}"]
+            for meta in metas if "wall_clock" in meta]
+
+
 def row(name, runs, better, digits):
     """runs: (meta, curve) of every seed."""
     def of(values):
         values = list(values)
         return "" if np.isnan(values).any() else spread(values, digits)
 
-    time = {b: spread([meta["wall_clock"][f"skipping_ms_batch_{b}"]
-                       / meta["wall_clock"][f"dense_ms_batch_{b}"] for meta, _ in runs])
-            for b in (1, 256)}
+    time = {b: spread(times([meta for meta, _ in runs], b)) for b in (1, 256)}
     return [f"`{name}`", str(len(runs)), of(meta["full"][better] for meta, _ in runs),
             *(of(quality_at(curve, b) for _, curve in runs) for b in BUDGETS),
             spread([meta["at_budget"]["budget"] for meta, _ in runs], 3),
@@ -119,9 +123,7 @@ def summary():
             cells += [f"{mean((meta['at_budget'][better] for meta in metas), digits)} "
                       f"({mean(twins, digits)})",
                       mean((meta["at_budget"]["budget"] for meta in metas), 2),
-                      mean((meta["wall_clock"]["skipping_ms_batch_256"]
-                            / meta["wall_clock"]["dense_ms_batch_256"] for meta in metas), 2),
-                      ] if metas else [""] * 3
+                      mean(times(metas, 256), 2)] if metas else [""] * 3
         lines = len((ROOT / f"{name}.py").read_text().splitlines())
         rows.append([*cells, str(lines)])
     return "\n".join(markdown(["script", "the mechanism", "CIFAR-10: accuracy (static twin)",

@@ -98,3 +98,10 @@ def test_the_reported_loss_has_no_penalty_in_it():
     logits = model.twin(split[0].long())
     chosen = logits.log_softmax(-1).gather(-1, split[1].long()[..., None])[..., 0]
     assert np.allclose(loss, -chosen.detach(), atol=1e-4)
+
+
+@pytest.mark.parametrize("weight", ("-1", "nan", "inf"))
+def test_an_impossible_penalty_is_one_line(weight, run, tmp_path):
+    status, _, errors = run("relu_sparsity", "--sparsity-weight", weight, cwd=tmp_path)
+    assert status == 2 and errors == ("relu_sparsity.py: --sparsity-weight must be finite, and not "
+                                      "negative\n")

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from conftest import NAMES, ROOT, scripts
 
@@ -86,6 +87,28 @@ def test_the_picture_is_there(finished):
     assert str(picture.relative_to(folder)) in printed and "accuracy" in printed
     left = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
     assert len(left) == 2, left                                            # and nothing else
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_the_star_is_the_static_twin_of_this_run(name, tmp_path):
+    """Trained alike, with the same seed, without a penalty, and in one piece; else there is none."""
+    script = scripts[name]
+    cfg = script.Config(dataset="shapes", size="tiny", device="cpu", out=str(tmp_path), seed=3)
+    log = tmp_path / "logs/shapes-tiny/relu_sparsity-s3.npz"
+    log.parent.mkdir(parents=True)
+
+    def stars():
+        axis = Figure().subplots()
+        script.draw_curves(axis, cfg, {"all": ((0.5, 1.0), (0.7, 0.8))})
+        return [line.get_ydata().tolist() for line in axis.lines[1:]]
+
+    assert stars() == []
+    for change, expected in (({}, [[0.75]]), (dict(epochs=7), []), (dict(sparsity_weight=0.3), [])):
+        config = dict(vars(cfg), sparsity_weight=0.0) | change
+        np.savez(log, meta=json.dumps(dict(config=config, full=dict(accuracy=0.75, loss=1.0))))
+        assert stars() == expected
+    log.write_bytes(log.read_bytes()[:100])
+    assert stars() == []
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -298,7 +298,7 @@ def test_a_trained_model_boosts_and_meets_its_budget(small_data, run, tmp_path, 
     assert learned["error_against"] == "the dense MLP" and np.array(learned["error_after"])[:, 4].max() < 1e-6
     assert meta["at_budget"]["budget"] == pytest.approx(0.8, abs=0.02)
     for control in ("even", "random"):
-        assert learned[control]["budget"] == pytest.approx(meta["at_budget"]["budget"], abs=0.005)
+        assert learned[control]["budget"] == pytest.approx(meta["at_budget"]["budget"], abs=0.02)
     histogram = np.array(learned["histogram"])                                      # (N + 1, L)
     assert histogram.shape == (5, 2) and histogram.sum(0).tolist() == pytest.approx([1, 1])
     assert (np.arange(5) @ histogram).tolist() == pytest.approx(learned["mean_count"])
