@@ -23,15 +23,16 @@ static twin), and asks:
     python relu_sparsity.py --dataset shakespeare    # characters
     python relu_sparsity.py --dataset shapes         # embedded data: nothing is downloaded
 
-Measured with --size small, seed 0, two cores of an AMD EPYC with bf16 (CIFAR-10 as a JPEG copy):
-                                    test          density          MACs run   bound   trained in
-  cifar10                           76.35 %       9.2 %            0.772      0.544   501 s
-  cifar10 --sparsity-weight 0.3     76.81 %       2.6 %            0.756      0.511   485 s
-  shakespeare                       1.748 nats    14.0 %           0.740      0.481   216 s
-MACs are shares of the dense ones. Sparsity is not speed: `skipping` took 2.3 (1.6, 6.2) times as
-long as the dense products for 256 examples, which multiply zeros faster than they can be found.
-Of the examples, the tenth with the highest loss uses fewer neurons than the tenth with the lowest
-on CIFAR-10 (MACs 0.771 and 0.776), and more on text (0.744 and 0.739).
+Measured with --size small, means over seeds 0 to 2 (the penalty: seed 0), on two cores of an AMD
+EPYC with bf16 (CIFAR-10 as a JPEG copy):
+                                    test          density          MACs run   bound   time
+  cifar10                           75.95 %       9.0 %            0.772      0.543   1.41
+  cifar10 --sparsity-weight 0.3     76.81 %       2.6 %            0.756      0.511   -
+  shakespeare                       1.745 nats    13.8 %           0.740      0.479   1.59
+MACs are shares of the dense ones, and so is the time of `skipping` for 256 examples (seed 2):
+sparsity is not speed. Dense products multiply zeros faster than they can be found. Of the examples,
+the tenth with the highest loss uses fewer neurons than the tenth with the lowest on CIFAR-10 (with
+all three seeds), and more on text.
 
 Papers: Li et al. 2023, The Lazy Neuron Phenomenon; Mirzadeh et al. 2023, ReLU Strikes Back;
 Liu et al. 2023, Deja Vu (predicts the zeros, to save both products); Kurtz et al. 2020 and

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from compare_rankings import METHODS, find, load, markdown, save_slim, spread     # noqa: E402
 
 KEPT, BUDGETS = ROOT / ".github/results", (0.6, 0.7, 0.85)
-GAP = 0.15      # between points of a sweep
+GAP = 0.16      # between points of a sweep
 MECHANISMS = dict(
     relu_sparsity="none: how much of a static network is zero?",
     early_exit="a head after every block; leave when sure",
@@ -66,7 +66,8 @@ def row(name, runs, better, digits):
         values = list(values)
         return "" if np.isnan(values).any() else spread(values, digits)
 
-    time = {b: spread(times([meta for meta, _ in runs], b)) for b in (1, 256)}
+    time = {b: times([meta for meta, _ in runs], b) for b in (1, 256)}
+    time = {b: spread(shares) if shares else "" for b, shares in time.items()}
     return [f"`{name}`", str(len(runs)), of(meta["full"][better] for meta, _ in runs),
             *(of(quality_at(curve, b) for _, curve in runs) for b in BUDGETS),
             spread([meta["at_budget"]["budget"] for meta, _ in runs], 3),
