@@ -11,7 +11,8 @@ layer. So the count of learners is a fine and ordered measure of the compute tha
 
 Training, `--phases`. Those named share the epochs that the static twin trains for. The default is
 3 alone, from random weights; 0123 is the known recipe, which distils a trained network first.
-  0  dense      the twin, as ever. Then neurons are sorted, those that contribute most first
+  0  dense      the twin, as ever. After it, or at the start if it is left out, neurons are sorted:
+                those that contribute most come first
   1  distil     learners learn to stand in for the trained MLPs, on the dense network's own inputs.
                 Learner n corrects y_(n-1), which is held fixed: it learns from its own prefix only
   2  gates      label of a token: the smallest k after which the next learner lowers the error
@@ -1014,11 +1015,11 @@ def main(cfg):
                            steps=cfg.steps and max(1, round(share * cfg.steps)))
             seconds[number] = train(model, data, part, objective, f"phase {number}: {name}")
 
+    phase("0", "dense", train_dense)
+    sort_neurons(model.twin, next(training_batches(data, cfg))[0])
     errors = None
     if cfg.phases != "3":
-        phase("0", "dense", train_dense)
-        sort_neurons(model.twin.eval(), network_input(data.calibration[0][:500]))
-        teacher = copy.deepcopy(model.twin)
+        teacher = copy.deepcopy(model.twin).eval()
         phase("1", "distil", functools.partial(distil, teacher=teacher))
         phase("2", "gates", functools.partial(fit_gates, teacher=teacher))
         errors = error_table(model, teacher, data.calibration)
