@@ -1016,7 +1016,7 @@ def main(cfg):
             seconds[number] = train(model, data, part, objective, f"phase {number}: {name}")
 
     phase("0", "dense", train_dense)
-    sort_neurons(model.twin, next(training_batches(data, cfg))[0])
+    sort_neurons(model.twin, network_input(data.calibration[0][:500]))
     errors = None
     if cfg.phases != "3":
         teacher = copy.deepcopy(model.twin).eval()

@@ -21,11 +21,11 @@ folders = {}
 @pytest.fixture(params=PAIRS, ids="-".join)
 def finished(request, run, shorten, tmp_path_factory):
     """A run that ended well: name, dataset, folder, what it printed. Each is run once, the first script
-    on all examples, the others on a thousand."""
+    on all examples, the others on five hundred."""
     if request.param not in folders:
         name, dataset = request.param
         if name != NAMES[0]:
-            shorten(scripts[name], 1000, timed=True)
+            shorten(scripts[name], 500, timed=True)
         folder = tmp_path_factory.mktemp(name)
         status, printed, errors = run(name, "--dataset", dataset, *OPTIONS, "--steps", "30",
                                       "--seed", "7", cwd=folder)
@@ -77,7 +77,7 @@ def test_the_log_follows_the_schema(finished):
                                        for b in (1, 256)}
     if meta["budget_wanted"] is not None:   # the two parts of pydoc are about different topics
         missed = abs(meta["at_budget"]["budget"] - meta["budget_wanted"])
-        assert missed < (0.1 if text else 0.02)
+        assert missed < (0.1 if text else 0.03)     # of 500 examples
 
 
 def test_the_picture_is_there(finished):
