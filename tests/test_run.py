@@ -47,7 +47,7 @@ def test_the_log_follows_the_schema(finished):
                   sweep_loss=((S, N), np.float32), sweep_correct=((S, N), np.float32), meta=((), None))
     if dataset == "shapes":
         shapes["difficulty"] = ((N,), np.float32)
-        assert N == (4000 if name == NAMES[0] else 1000)
+        assert N == (4000 if name == NAMES[0] else 500)
     assert set(log.files) == set(shapes)
     for key, (shape, dtype) in shapes.items():
         assert log[key].shape == shape and dtype in (None, log[key].dtype), key
