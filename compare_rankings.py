@@ -831,12 +831,12 @@ def percentiles(table):
 
 
 def extremes(share, names):
-    """share (N, methods) percentiles -> {heading: order of the examples}: those that all methods
-    that choose their compute find cheap, find costly, and disagree on the most."""
+    """share (N, methods) percentiles -> {heading: order of the examples}: by the highest percentile
+    that a method which chooses its compute gives them, by the lowest, and by how they differ."""
     some = deciders(names)
     share, who = share[:, some], listed(names[i] for i in some)
-    return {f"cheap for {who}": np.argsort(share.max(1), kind="stable"),
-            f"costly for {who}": np.argsort(-share.min(1), kind="stable"),
+    return {f"cheapest for {who} together": np.argsort(share.max(1), kind="stable"),
+            f"costliest for {who} together": np.argsort(-share.min(1), kind="stable"),
             f"most disputed by {who}": np.argsort(-share.std(1), kind="stable")}
 
 
@@ -891,7 +891,7 @@ def draw_passages(characters, share, token_share, names):
         image = axis.imshow(token_share[i, :T].T, cmap="viridis", vmin=0, vmax=100, alpha=0.6,
                             aspect="auto")
         for t, m in itertools.product(range(T), range(len(names))):
-            sign = chr(characters[i, t]).replace("\n", "\\n").replace("$", r"\$")
+            sign = chr(characters[i, t]).replace("\n", "↵").replace("$", r"\$")
             axis.text(t, m, sign, ha="center", va="center", family="monospace", fontsize=8)
         axis.set_yticks(range(len(names)), names)
         axis.set_xticks([])
@@ -1062,7 +1062,7 @@ def compare(logs, args):
         members = np.flatnonzero(np.array(classes)[first.label] == kind)
         picture("one_class.png", f"the {kind} images that cost each method least, and most (MACs, "
                 "share of the dense ones, mean over seeds)", draw_one_class(logs, images, members))
-        picture("strips.png", "images that all find cheap, find costly, or dispute",
+        picture("strips.png", "images cheapest and costliest for all together, and most disputed",
                 draw_strips(images, [classes[y] for y in first.label], share, names))
     if any("wall_clock" in log.meta for log in logs):
         picture("time.png", "MACs saved against time saved (rough where runs shared a machine)",

@@ -527,6 +527,9 @@ def resolve(cfg):
         choices, value = get_args(f.type), getattr(cfg, f.name)
         if choices and value not in choices:
             raise UserError(f"--{f.name} {value!r} is none of {', '.join(filter(None, choices))}")
+    for name in ("data", "out"):
+        if Path(getattr(cfg, name)).is_file():
+            raise UserError(f"--{name} {getattr(cfg, name)} is a file; a folder is expected")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA here; leave it out to use the CPU")
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -764,18 +767,20 @@ def command_line(main):
 # === shared: pictures ===
 def draw_tokens(axis, x, values, most, title):
     """One example x (3, 32, 32) or (T,), with its values per token (T,), 0 to most, laid over it
-    unless there are none."""
+    unless there are none -> what a colour bar needs, or None."""
+    overlay = None
     if x.ndim == 3:
         axis.imshow(x.transpose(1, 2, 0), extent=(-0.5, 7.5, 7.5, -0.5))
     if values is not None:
-        axis.imshow(values.reshape(-1, 8 if x.ndim == 3 else 16), cmap="viridis", vmin=0, vmax=most,
-                    alpha=0.55, aspect="equal" if x.ndim == 3 else "auto")
+        overlay = axis.imshow(values.reshape(-1, 8 if x.ndim == 3 else 16), vmin=0, vmax=most,
+                              alpha=0.55, aspect="equal" if x.ndim == 3 else "auto")
     if x.ndim == 1:
         for i, code in enumerate(x):
-            axis.text(i % 16, i // 16, chr(code).replace("\n", "\\n").replace("$", r"\$"),
+            axis.text(i % 16, i // 16, chr(code).replace("\n", "↵").replace("$", r"\$"),
                       ha="center", va="center", family="monospace", fontsize=7)
     axis.set_title(title, fontsize=8)
     axis.axis("off")
+    return overlay
 # === end shared ===
 
 
@@ -918,14 +923,15 @@ def draw(path, cfg, data, model, result, chosen, sweep, controls):
         for column, axis in enumerate(row):
             i = ranked[column] if cfg.text else ranked[y[ranked] == column][0]
             name = "" if cfg.text else NAMES[cfg.dataset][column]
-            draw_tokens(axis, x[i], experts[i], experts.max(), f"{name} {experts[i].mean():.2f}")
+            overlay = draw_tokens(axis, x[i], experts[i], experts.max(),
+                                  f"{name} {experts[i].mean():.2f}")
+    bottom.colorbar(overlay, ax=bottom.axes, label="experts per layer")
     bottom.suptitle("Experts per token and layer: who uses fewest, who most")
     figure.savefig(path, dpi=120)
 
 
 def main(cfg):
     """Train, calibrate the threshold, run the chosen experts alone, see who uses which."""
-    log, picture = output_path(cfg, "logs", ".npz"), output_path(cfg, "figures", ".png")
     print(f"{cfg.dataset}, size {cfg.size}, on {cfg.device}, seed {cfg.seed}")
     torch.manual_seed(cfg.seed)
     data = load_data(cfg)
@@ -933,6 +939,7 @@ def main(cfg):
     if not model.floor <= cfg.budget <= model.ceiling:
         raise UserError(f"--budget {cfg.budget} cannot be: one expert in each layer costs "
                         f"{model.floor:.3f}, all cost {model.ceiling:.3f}")
+    log, picture = output_path(cfg, "logs", ".npz"), output_path(cfg, "figures", ".png")
     seconds = train(model, data, cfg, objective)
 
     threshold, thresholds = calibrate(model, data.calibration, cfg.budget)

@@ -452,6 +452,9 @@ def resolve(cfg):
         choices, value = get_args(f.type), getattr(cfg, f.name)
         if choices and value not in choices:
             raise UserError(f"--{f.name} {value!r} is none of {', '.join(filter(None, choices))}")
+    for name in ("data", "out"):
+        if Path(getattr(cfg, name)).is_file():
+            raise UserError(f"--{name} {getattr(cfg, name)} is a file; a folder is expected")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA here; leave it out to use the CPU")
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -689,18 +692,20 @@ def command_line(main):
 # === shared: pictures ===
 def draw_tokens(axis, x, values, most, title):
     """One example x (3, 32, 32) or (T,), with its values per token (T,), 0 to most, laid over it
-    unless there are none."""
+    unless there are none -> what a colour bar needs, or None."""
+    overlay = None
     if x.ndim == 3:
         axis.imshow(x.transpose(1, 2, 0), extent=(-0.5, 7.5, 7.5, -0.5))
     if values is not None:
-        axis.imshow(values.reshape(-1, 8 if x.ndim == 3 else 16), cmap="viridis", vmin=0, vmax=most,
-                    alpha=0.55, aspect="equal" if x.ndim == 3 else "auto")
+        overlay = axis.imshow(values.reshape(-1, 8 if x.ndim == 3 else 16), vmin=0, vmax=most,
+                              alpha=0.55, aspect="equal" if x.ndim == 3 else "auto")
     if x.ndim == 1:
         for i, code in enumerate(x):
-            axis.text(i % 16, i // 16, chr(code).replace("\n", "\\n").replace("$", r"\$"),
+            axis.text(i % 16, i // 16, chr(code).replace("\n", "↵").replace("$", r"\$"),
                       ha="center", va="center", family="monospace", fontsize=7)
     axis.set_title(title, fontsize=8)
     axis.axis("off")
+    return overlay
 # === end shared ===
 
 
@@ -745,18 +750,20 @@ def draw(path, cfg, data, result, by_example, by_token, by_neuron):
     order = np.argsort(density, kind="stable")
     for axis, i in enumerate([*order[:3], *order[-3:]]):
         name = "" if data.test[1].ndim > 1 else NAMES[cfg.dataset][data.test[1][i]]
-        draw_tokens(axes[axis], data.test[0][i].cpu().numpy(), by_token[i], by_token.max(),
-                    f"{name} {'fewest' if axis < 3 else 'most'}: {density[i]:.3f}")
+        overlay = draw_tokens(axes[axis], data.test[0][i].cpu().numpy(), by_token[i],
+                              by_token.max(),
+                              f"{name} {'fewest' if axis < 3 else 'most'}: {density[i]:.3f}")
+    figure.colorbar(overlay, ax=axes[5], label="density of a token")
     figure.savefig(path, dpi=120)
 
 
 def main(cfg):
     """Train, look at the zeros, skip them, log what every test example costs."""
-    log, picture = output_path(cfg, "logs", ".npz"), output_path(cfg, "figures", ".png")
     print(f"{cfg.dataset}, size {cfg.size}, on {cfg.device}, seed {cfg.seed}")
     torch.manual_seed(cfg.seed)
     data = load_data(cfg)
     model = Model(cfg).to(cfg.device)
+    log, picture = output_path(cfg, "logs", ".npz"), output_path(cfg, "figures", ".png")
     seconds = train(model, data, cfg, objective)
 
     threshold, (_, thresholds) = 0.0, calibrate(model, data.calibration)    # exact zeros: no budget

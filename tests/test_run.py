@@ -166,6 +166,8 @@ ERRORS = [
     (["--dataset", "shakespeare", "--data", "empty"], "--dataset shapes"),
     (["--dataset", "shakespeare", "--data", "broken"], "not the published file"),
     (["--dataset", "cifar10", "--data", "broken"], "lacks a file"),
+    (["--data", "broken/tinyshakespeare.txt"], "is a file; a folder is expected"),
+    (["--dataset", "pydoc", "--out", "broken/tinyshakespeare.txt"], "is a file; a folder is expected"),
     (["--dataset", "pydoc", "--steps", "60", "--lr", "1e9"], "not finite from step"),
     (["--dataset", "pydoc"], "logs"),               # where a file stands in the place of the folder
 ]
@@ -187,6 +189,8 @@ def test_bad_input_is_one_line(name, options, message, run, tmp_path, monkeypatc
     assert len(said) == 1 and message in said[0]
     bars = [line for line in re.split(r"[\r\n]+", errors) if line and line not in said]
     assert all("/s" in line or "s/" in line for line in bars), bars
+    trained = message in ("more than the", "not finite from step")
+    assert trained or not (tmp_path / "figures").exists()       # refused before anything is made
 
 
 def test_stopping_with_ctrl_c(tmp_path):
