@@ -1,8 +1,9 @@
-"""Speed and memory of the scripts, as ratios to the dense twin. Three tables, or one of them:
+"""Speed and memory of the scripts, as ratios to the dense twin. Four tables, one at a time:
 
     python tests/benchmark.py                       # skipping against the dense twin, in time and MACs
     python tests/benchmark.py --table training      # examples/s and memory of training against the twin's
     python tests/benchmark.py --table experts       # the experts' layer against dense MLPs
+    python tests/benchmark.py --table mlps          # what the MLPs are of the twin's MACs, and of its time
 
 Models are untrained; their threshold spends about the middle of what it can on random input. Medians
 of runs by turns in one process (memory: a process for each); machines are noisy, so read the ratios.
@@ -129,10 +130,37 @@ def experts(size, repeats=20):
                           f"{both / medians['dense, equal MACs'][1]:.2f}")
 
 
+@torch.no_grad()
+def mlps(size, repeats=10):
+    """The MLPs' share of the twin's MACs, and of its time in batches of 256: the dense forward pass
+    with and without them. Who saves MACs in MLPs alone cannot save more than that share of the time."""
+    print_row("data", "of the MACs", "of the time")
+    print_row(*["---"] * 3)
+    for dataset in DATASETS:
+        script = scripts["relu_sparsity"]
+        twin, x = build(script, dataset, size).twin, inputs(dataset, size, 256)
+
+        def without():
+            tokens = twin.embed(x)
+            for block in twin.blocks:
+                tokens = block.attend(tokens)
+            return twin.readout(tokens)
+
+        seconds = {}
+        for i in range(3 + repeats):
+            for run in (without, lambda: twin(x)):
+                start = time.perf_counter()
+                run()
+                seconds.setdefault(run is without, []).append(time.perf_counter() - start)
+        medians = {key: np.median(s[3:]) for key, s in seconds.items()}
+        macs = twin.tokens * len(twin.blocks) * twin.blocks[0].mlp_macs / twin.dense_macs
+        print_row(dataset, f"{macs:.3f}", f"{1 - medians[True] / medians[False]:.3f}")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = dict(skipping=skipping, training=training, experts=experts)
+    tables = dict(skipping=skipping, training=training, experts=experts, mlps=mlps)
     parser.add_argument("--table", choices=tables, default="skipping")
     parser.add_argument("--size", default="small", choices=("tiny", "small", "base"))
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)

@@ -2,6 +2,7 @@
 
     python tests/results.py                            # from what is kept in .github/results
     python tests/results.py --summary                  # the table on the README's first screen
+    python tests/results.py --docstring moe            # the table in that script's docstring
     python tests/results.py --keep logs/cifar10-small  # first keep these logs there, made slim
     python tests/results.py --keep token/logs/cifar10-small --variant "--grain token"
 
@@ -132,13 +133,41 @@ def summary():
                                "time", "lines"], rows)).strip()
 
 
+def measured(name):
+    """Plain text, for the docstring of a script: its runs and those of its variants, in % or nats."""
+    rows = [["", "seeds", "twin", "full", "at 0.6", "logged, MACs", "at 0.85", "time"]]
+    for dataset, better, factor, digits in ("cifar10", "accuracy", 100, 2), ("shakespeare", "loss", 1, 3):
+        groups = kept(KEPT / f"{dataset}-small")
+        twins = {meta["seed"]: meta["full"][better] for meta, _ in groups[METHODS[0]]}
+
+        def mean(values):
+            value = factor * np.mean(values)
+            return "-" if np.isnan(value) else f"{value:.{digits}f}"
+
+        for group, runs in groups.items():
+            if group.split()[0] != name:
+                continue
+            metas, curves = zip(*runs)
+            time = [f"{np.mean(share):.2f}" for share in (times(metas, 1), times(metas, 256)) if share]
+            rows.append([
+                " ".join([f"  {dataset}", *group.split()[1:]]), ", ".join(str(m["seed"]) for m in metas),
+                mean([twins.get(m["seed"], np.nan) for m in metas]), mean([m["full"][better] for m in metas]),
+                mean([quality_at(curve, 0.6) for curve in curves]),
+                f"{mean([m['at_budget'][better] for m in metas])}, "
+                f"{np.mean([m['at_budget']['budget'] for m in metas]):.2f}",
+                mean([quality_at(curve, 0.85) for curve in curves]), ", ".join(time) or "-"])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", metavar="FOLDER", help="a folder of logs to keep")
     parser.add_argument("--summary", action="store_true", help="print the short table instead")
+    parser.add_argument("--docstring", metavar="SCRIPT", help="print the table of its docstring instead")
     parser.add_argument("--variant", help="the options that these logs were trained with")
     args = parser.parse_args()
     if args.keep:
         keep(args.keep, args.variant)
-    print(summary() if args.summary else tables())
+    print(summary() if args.summary else measured(args.docstring) if args.docstring else tables())

@@ -7,7 +7,7 @@ import pytest
 import compare_rankings
 import relu_sparsity
 from conftest import NAMES, ROOT, build, scripts
-from results import quality_at, summary, tables
+from results import measured, quality_at, summary, tables
 
 readme = (ROOT / "README.md").read_text()
 blocks = re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S)
@@ -18,6 +18,11 @@ def test_tables_are_what_the_command_prints(mark, print_tables):
     """The counts of lines and what was measured, both."""
     block = re.search(rf"<!-- {mark} -->\n(.*?)\n<!-- end -->", readme, re.S)
     assert block and block.group(1).strip() == print_tables().strip()
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_docstrings_hold_what_the_command_prints(name):
+    assert measured(name) in scripts[name].__doc__
 
 
 def test_quality_at_a_budget_by_hand():
