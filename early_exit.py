@@ -182,7 +182,9 @@ class Model(nn.Module):
         pooled = x if self.twin.text else x.mean(1)
         logits = self.heads[layer](pooled)
         if self.loss == "branching":
-            return logits, self.gates[layer](pooled).float().sigmoid().squeeze(-1)
+            with torch.autocast(x.device.type, enabled=False):
+                gate = self.gates[layer](pooled.to(self.gates[layer].weight.dtype))
+            return logits, gate.sigmoid().squeeze(-1)
         return logits, certainty(logits, self.criterion)
 
     def all_answers(self, x):
@@ -808,7 +810,7 @@ def command_line(main):
     except (UserError, OSError) as e:
         parser.exit(2, f"{parser.prog}: {e}\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: stopped; no log was touched\n")
+        parser.exit(130, f"{parser.prog}: stopped\n")
 # === end shared ===
 
 

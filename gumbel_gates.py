@@ -1,7 +1,7 @@
 """Learn what to skip: gates trained with back-propagation through the Gumbel-softmax trick.
 
-Put a small gate before every module. From what arrives there it computes a score z, and the module
-runs or is skipped:
+Put a small gate before every block. From what arrives there it computes a score z for each of its
+modules, and the module runs or is skipped:
 
     x  <-  x + g * module(x),      g = 1 if z > 0 else 0
 
@@ -21,7 +21,7 @@ How a gate learns, `--estimator`
   gumbel      the trick
   sigmoid_st  the same without noise: step forward, gradient of sigmoid(z) backward
   reinforce   the score function: log p(g) pushed by how much better the sampled gates did than
-              the greedy ones (self-critical baseline). Exact in expectation, and noisy.
+              the greedy ones (self-critical baseline). For the task exact in expectation; noisy
 
 The loss is the cross-entropy plus 10 (mean MACs - budget)^2 over a batch, MACs and budget as shares
 of what gates can switch. There is no such term for each example: that would push every example to
@@ -51,7 +51,7 @@ grains); Wang et al. 2018, SkipNet, and Wu et al. 2018, BlockDrop (reinforcement
 Deviations: (1) one budget on all MACs instead of a rate for each module; `--per-layer` asks every
 block for the same share; (2) a token that was skipped is back in the next block; (3) the gate's
 gradient comes from what its token would have computed, not from its being looked at; (4) all
-blocks are gated, the first too; (5) a gate reads the block's normalised input, mean over an image.
+blocks are gated, the first too; (5) a gate reads the block's normalised input (an image: its mean).
 """
 import argparse
 import functools
@@ -228,7 +228,7 @@ class Model(nn.Module):
         return self.gates[layer](normed if self.by_token else normed.mean(1, keepdim=True))
 
     def halves(self, gates):
-        """Gates (B, R, U) -> those of the attention and those of the MLP, (B, R, 1 or h) each."""
+        """Gates (..., U) -> those of the attention and those of the MLP, (..., 1 or h) each."""
         return (gates, gates) if self.grain == "token" else gates.chunk(2, -1)
 
     def everything(self, x, choose):
@@ -329,7 +329,8 @@ def surrogate(model, x, y, estimator, budget_weight):
             better = cross_entropy(greedy, y[rest]).reshape(len(z), -1).mean(1) - each[rest]
             price = 2 * budget_weight * excess / len(excess)            # of MACs, on this batch
             cheaper = ((model.used(open_) - model.used(gates)) * price).sum(1)
-        loss = loss + score_function(z, gates, better + cheaper)
+        share = len(z) / len(x)                 # of the batch whose mean loss is minimised
+        loss = loss + score_function(z, gates, share * better + cheaper)
     return loss, logits, each, gates
 
 
@@ -858,7 +859,7 @@ def command_line(main):
     except (UserError, OSError) as e:
         parser.exit(2, f"{parser.prog}: {e}\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: stopped; no log was touched\n")
+        parser.exit(130, f"{parser.prog}: stopped\n")
 # === end shared ===
 
 
@@ -956,7 +957,8 @@ def random_gates(model, rates, seed):
 
 def gradient_noise(model, x, y, repeats=30):
     """Estimator -> noise of the task loss's gradient by the parameters of the gates, on one batch:
-    root of the total variance over repeats, as a multiple of the length of the mean gradient."""
+    root of the total variance over repeats, as a multiple of the length of the mean gradient; not
+    a number where the mean drowns in the noise."""
     noise, parameters = {}, list(model.gates.parameters())
     for estimator in get_args({f.name: f.type for f in fields(Config)}["estimator"]):
         gradients = []
@@ -965,8 +967,9 @@ def gradient_noise(model, x, y, repeats=30):
             parts = torch.autograd.grad(loss, parameters)
             gradients.append(torch.cat([part.flatten() for part in parts]))
         gradients = torch.stack(gradients)
-        spread = gradients.var(0).sum().sqrt()
-        noise[estimator] = (spread / gradients.mean(0).norm()).item()
+        variance = gradients.var(0).sum()
+        square = gradients.mean(0).square().sum() - variance / repeats      # the mean is noisy, too
+        noise[estimator] = (variance / square).sqrt().item()
     return noise
 
 

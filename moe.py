@@ -761,7 +761,7 @@ def command_line(main):
     except (UserError, OSError) as e:
         parser.exit(2, f"{parser.prog}: {e}\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: stopped; no log was touched\n")
+        parser.exit(130, f"{parser.prog}: stopped\n")
 # === end shared ===
 
 

@@ -75,6 +75,27 @@ def test_reinforce_agrees_with_the_exact_gradient():
         assert torch.allclose(estimate, exact, atol=0.01) and exact.abs().max() > 0.05
 
 
+def test_reinforce_weighs_the_task_as_the_mean_loss_does():
+    """64 copies of an image, 56 of them sampled: every outcome is run once, and counts as often as it
+    was drawn, against the greedy gates."""
+    model, y = build(script, "shapes", estimator="reinforce").double(), torch.full((64,), 3)
+    for gate in model.gates:
+        torch.nn.init.constant_(gate.out.bias, 0.5)
+    x, parameters = inputs("shapes", count=1).double().expand(64, -1, -1, -1), list(model.gates.parameters())
+    torch.manual_seed(0)
+    loss, _, _, gates = script.surrogate(model, x, y, "reinforce", budget_weight=0)
+    got = torch.autograd.grad(loss, parameters)
+    drawn, counts = gates.unique(dim=0, return_counts=True)                             # (n, L, 1, U)
+    assert counts.sum() == 56 and len(drawn) > 5
+    greedy, total = script.cross_entropy(model.masked(x[:1], 0.0)[0], y[:1]), 0
+    for outcome, count in zip(drawn, counts):
+        logits, z, _ = model.everything(x[:1], lambda layer, z: outcome[layer][None])
+        log_p = torch.where(outcome > 0, F.logsigmoid(z), F.logsigmoid(-z)).sum()
+        total = total + count / 64 * (script.cross_entropy(logits, y[:1]) - greedy).detach() * log_p
+    for a, b in zip(got, torch.autograd.grad(total, parameters)):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-6) and b.abs().max() > 0
+
+
 def test_an_attention_is_the_sum_of_its_heads():
     attention, x = build(script, "pydoc", "small").twin.blocks[0].attention, torch.randn(2, 9, 128)
     heads = [script.one_head(attention, i) for i in range(4)]
@@ -238,10 +259,20 @@ def test_random_gates_are_open_as_often():
     assert len(macs.unique()) == 9      # 0, 1 or 2 attentions, and 0, 1 or 2 MLPs, left to chance
 
 
-def test_gate_gradients_are_noisy_in_the_known_order():
-    """Straight-through sigmoid has no noise at all, REINFORCE more than the trick."""
+def test_gate_gradients_are_noisy_in_the_known_order(monkeypatch):
+    """Straight-through sigmoid has no noise at all, REINFORCE more than the trick; and a known one: the
+    length of a mean of 30 is not that of the mean."""
     torch.manual_seed(0)
     model = build(script, "shapes")
     x = torch.randint(256, (64, 3, 32, 32)).byte()
     noise = script.gradient_noise(model, x, torch.randint(10, (64,)))
-    assert noise["sigmoid_st"] < 1e-3 and noise["sigmoid_st"] < noise["gumbel"] < noise["reinforce"]
+    assert noise["sigmoid_st"] < 1e-3 and noise["sigmoid_st"] < noise["gumbel"]
+    assert not noise["reinforce"] < noise["gumbel"]                             # it may be NaN
+
+    def surrogate(model, *_, **__):     # every gradient has mean 1 and standard deviation 3
+        return [sum((p * (1 + 3 * torch.randn_like(p))).sum() for p in model.gates.parameters())]
+
+    monkeypatch.setattr(script, "surrogate", surrogate)
+    model = build(script, "shapes", "small")            # some 4,300 parameters
+    known = script.gradient_noise(model, x, torch.zeros(64))
+    assert known == pytest.approx(dict.fromkeys(known, 3.0), rel=0.05)
