@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import build, inputs, thresholds
+from conftest import build, inputs, scripts, thresholds
 
 DATASETS = ("shapes", "pydoc")
 
@@ -122,3 +122,16 @@ def test_forward_trains_everything(script, dataset):
     script.objective(model, x, y)[0].backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("name, part", (("early_exit", "gates"), ("gumbel_gates", "gates"),
+                                        ("moe", "routers"), ("token_boost", "gates")))
+def test_what_decides_is_float32_also_under_autocast(name, part):
+    options, seen = dict(loss="branching") if name == "early_exit" else {}, []
+    model = build(scripts[name], "shapes", **options).train()
+    for module in getattr(model, part).modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda module, x, y: seen.extend((x[0].dtype, y.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(inputs("shapes", count=16))
+    assert len(seen) >= 2 and set(seen) == {torch.float32}
