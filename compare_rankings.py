@@ -15,12 +15,9 @@ other options is refused, never overwritten and never compared by mistake. Out c
 `figures/<dataset>-<size>/report.md`, answer first, and its pictures. A log of your own takes part
 if it follows the schema of the README.
 
-The measure is Spearman's rho: the correlation of ranks, where equal costs share the mean of
-their ranks. It is easily misread, so the report always sets it beside the most that ties allow
-(two methods with the very same idea of hardness and different shares of early exits may be unable
-to exceed 0.33); beside the agreement of a method with its own seeds, and corrected for that
-(Spearman 1904); within classes, with covariates held fixed, on right and wrong answers apart, for
-the costliest tenth, and at other budgets. HOW_TO_READ below defines each, for the report and here.
+The measure is Spearman's rho: the correlation of ranks, where equal costs share the mean of their
+ranks. It is easily misread: two methods with the very same idea of hardness and different shares of
+early exits may be unable to exceed 0.33. HOW_TO_READ below defines what the report sets beside it.
 Runs of the same seed are compared only where there is one seed: they start from the same weights
 and see the same batches, which alone makes them alike. Intervals are bootstraps over examples, with
 rows kept together. Seeds are too few for that: of them the report gives the lowest and the highest.
@@ -35,7 +32,7 @@ import re
 import subprocess
 import sys
 import warnings
-import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -54,7 +51,8 @@ TEXTS = ("shakespeare", "pydoc")
 BUDGETS = (0.6, 0.7, 0.85)      # mean MACs, as shares of the dense ones, at which all are compared
 VIEWS = ("as logged", *(f"at {budget:.2f}" for budget in BUDGETS), "sweep average")
 WORDS = ((0.7, "largely agree"), (0.4, "partly agree"), (0.15, "hardly agree"),
-         (-0.15, "do not agree"), (-np.inf, "contradict each other"))    # rho from here upwards
+         (-0.15, "do not agree"), (-0.4, "weakly contradict each other"),
+         (-np.inf, "contradict each other"))        # rho from here upwards
 HERE = Path(__file__).resolve().parent
 
 
@@ -110,7 +108,8 @@ def at_budget(sweep_macs, wanted):
 
 
 def load(path):
-    """Read and check one log, as a script wrote it or as `save_slim` did. Raises UserError."""
+    """Read and check one log, as a script wrote it or, made slim, tests/results.py. Raises
+    UserError."""
     def refuse(why):
         raise UserError(f"{path}: {why}")
 
@@ -178,50 +177,6 @@ def load(path):
                arrays.get("label"), right, loss, tokens, arrays.get("difficulty"))
 
 
-def save_slim(log, folder):
-    """Write what this report needs of a log, 30 to 120 kB instead of up to 1.5 MB, to
-    <folder>/<dataset>-<size>/<method>-s<seed>.npz, which `load` reads as well. Left out are all
-    losses but the static network's, and of the sweep all but its means, its average, and the three
-    matched budgets. These are rounded to 1/255 of their range, MACs of single tokens to 1/15, and
-    losses of single tokens to eighths of a nat."""
-    def levels(values, most):
-        """Integer values of which at most so many are different."""
-        if len(np.unique(values)) <= most:
-            return values
-        step = np.ptp(values) / (most - 1)
-        return np.round(values.min() + np.round((values - values.min()) / step) * step)
-
-    def whole(values):
-        return np.where(np.isnan(values), -1, np.round(levels(values, 256))).astype(np.int32)
-
-    meta = dict(log.meta, slim=dict(budgets=BUDGETS, quality=log.quality))
-    *matched, average = map(whole, log.views[1:])
-    arrays = dict(macs=log.macs.astype(np.int32), average_macs=average,
-                  matched_macs=np.stack(matched), curve=log.curve)
-    static = log.meta["method"] == STATIC
-    if not log.text:
-        wrong = np.where(log.right, log.label, 255)     # which wrong answer it was plays no part
-        arrays.update(label=log.label.astype(np.uint8), prediction=wrong.astype(np.uint8))
-    elif log.tokens is not None:
-        spent, code = np.unique(levels(log.tokens, 16), return_inverse=True)
-        arrays.update(spent=spent, code=code.reshape(log.tokens.shape).astype(np.uint8),
-                      right=np.packbits(log.right))
-    if static and log.text:
-        eighths = np.minimum(np.round(8 * log.loss), 255)
-        arrays.update(label=log.label.astype(np.uint8), eighths=eighths.astype(np.uint8))
-    elif static:
-        arrays["loss"] = log.loss.astype(np.float16)
-    if log.difficulty is not None:
-        arrays["difficulty"] = log.difficulty
-    path = Path(folder, log.group, f"{log.meta['method']}-s{log.meta['seed']}.npz")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as file:
-        for name, array in dict(arrays, meta=np.array(json.dumps(meta))).items():
-            with file.open(f"{name}.npy", "w") as member:
-                np.lib.format.write_array(member, array)
-    return path
-
-
 def by_method(logs):
     """{method: its logs}, of logs in the order of `gather`"""
     runs = itertools.groupby(logs, lambda log: log.meta["method"])
@@ -257,7 +212,9 @@ def gather(paths):
                 ("test split", lambda log: log.meta["test_sha256"]),
                 ("number of examples", lambda log: len(log.macs)),
                 ("order of labels", lambda log: log.label),
-                ("order of difficulties", lambda log: log.difficulty)):
+                ("order of difficulties", lambda log: log.difficulty),
+                ("number of epochs", lambda log: log.meta.get("config", {}).get("epochs")),
+                ("number of steps", lambda log: log.meta.get("config", {}).get("steps"))):
             mine, other = of(log), of(first)
             if mine is not None and other is not None and not np.array_equal(mine, other):
                 values = f" ({str(mine)[:12]}, not {str(other)[:12]})" * (np.ndim(mine) == 0)
@@ -431,8 +388,8 @@ class Rankings(NamedTuple):
     """Compute or hardness of N examples, in L columns: runs of methods, then of references."""
     names: list             # of A rankings, the methods first
     methods: int            # how many of them are methods
-    member: list            # (L,) ranking of each column
-    seed: list              # (L,)
+    member: np.ndarray      # (L,) ranking of each column
+    seed: np.ndarray        # (L,)
     known: dict             # {ranking: reliability} where it is known otherwise
     same_seed: bool         # no two methods have different seeds: they are compared all the same
     columns: np.ndarray     # (N, L)
@@ -515,8 +472,10 @@ def deciders(names):
     return some if len(some) > 1 else list(range(len(names)))
 
 
-def word(rho):
-    """The words for an agreement of rho."""
+def word(rho, lowest=0.0, highest=0.0):
+    """The words for an agreement of rho, the median of pairs from the lowest to the highest."""
+    if lowest < -0.4 and highest >= 0.7:
+        return "are divided"
     return "cannot be compared yet" if np.isnan(rho) else next(w for t, w in WORDS if rho >= t)
 
 
@@ -572,16 +531,20 @@ def pair_tables(table, found):
     low, high = np.nanpercentile(found["interval"].disattenuated, [2.5, 97.5], axis=0)
     raw = pair_rows(table, lambda i, j: [
         between(a.raw[i, j], a.low[i, j], a.high[i, j]), number(top[i, j]),
-        number(a.raw[i, j] / top[i, j]), *(number(found[k].raw[i, j]) for k in extra),
+        number(a.raw[i, j] / abs(top[i, j])), *(number(found[k].raw[i, j]) for k in extra),
         number(found["overlap"].raw[i, j])])
     full = pair_rows(table, lambda i, j: [
         between(a.disattenuated[i, j], low[i, j], high[i, j], brackets="[]"),
         *(number(found[k].disattenuated[i, j]) for k in extra)])
     of = "the same seed: more alike than others" if table.same_seed else "different seeds"
+    chance = "; ".join(
+        f"{name} {number(typical(found[key].raw, range(table.methods))[0])}" for key, name in
+        (("shuffled", "examples shuffled"), ("class alone", "shuffled inside classes"))
+        if key in found)
     return [f"Raw rho, mean (lowest to highest) over pairs of runs of {of}:", "",
             *markdown(["pair", "rho", "tie ceiling", "share of it", *extra, "costliest 10 %"], raw),
             "Disattenuated, each column by reliabilities of its own kind [95 % over examples]:", "",
-            *markdown(["pair", "all", *extra], full)]
+            *markdown(["pair", "all", *extra], full), f"By chance, median raw rho: {chance}.", ""]
 
 
 def view_table(views, kind):
@@ -612,7 +575,7 @@ def method_table(logs, table, found):
         if np.isfinite(a.raw[i, i]):
             reliability += f" [{number(low[i, i])} to {number(high[i, i])}]"
         rows.append([name, ", ".join(str(log.meta["seed"]) for log in runs),
-                     ", ".join(sorted({str(log.meta.get("budget_wanted")) for log in runs})),
+                     ", ".join({str(log.meta.get("budget_wanted") or "none") for log in runs}),
                      spread([log.spent for log in runs], 3),
                      spread([log.quality for log in runs], 4),
                      spread([log.curve[1, -1] for log in runs], 4),
@@ -622,20 +585,17 @@ def method_table(logs, table, found):
                      "reliability (over seeds) [95 % over examples]"], rows)
 
 
-def neurons(logs, table, found):
+def neurons(logs):
     """Do hard examples activate more neurons or fewer? From the logs of STATIC."""
     own = [log for log in logs if log.meta["method"] == STATIC and log.loss is not None]
     if not own:
         return "Whether hard examples activate more neurons is unknown: no log of a static network."
     rho = [spearman(log.macs, per_example(log.loss)) for log in own]
-    mean, others = np.mean(rho), found["all"].raw[table.names.index(STATIC)]
+    mean = np.mean(rho)
     answer = ("unknown, it is constant" if np.isnan(mean) else "more" if mean > 0.05 else
               "fewer" if mean < -0.05 else "neither")
-    others = [f"{name} {number(other)}" for name, other in zip(table.names, others)
-              if name != STATIC and np.isfinite(other)]
     return ("Do hard examples activate more neurons of the static ReLU network, or fewer? "
-            f"{answer.capitalize()}: raw rho of its compute with its own loss is {spread(rho)}"
-            + (f"; with {', '.join(others)}." if others else "."))
+            f"{answer.capitalize()}: raw rho of its compute with its own loss is {spread(rho)}.")
 
 
 def first_screen(logs, table, found, views, unit):
@@ -651,55 +611,64 @@ def first_screen(logs, table, found, views, unit):
         return number(typical(getattr(found[key], kind), every)[0])
 
     middle, low, high = typical(matrix, every)
-    answer = (f"On {len(logs[0].macs):,} {unit}, {listed(names)} {word(middle)} on which ones "
-              f"deserve the most compute: the median {kind} rho of their rankings is "
+    answer = (f"On {len(logs[0].macs):,} {unit}, {listed(names)} {word(middle, low, high)} on "
+              f"which ones deserve the most compute: the median {kind} rho of their rankings is "
               f"{number(middle)} ({part}: {number(low)} to {number(high)}).")
     if len(some) < len(names):
         inner = typical(matrix, some)
         answer += (" Without the static network, which decides nothing, the others "
-                   f"{word(inner[0])}") + ("." if np.isnan(inner[0]) else f": {between(*inner)}.")
+                   f"{word(*inner)}") + ("." if np.isnan(inner[0]) else f": {between(*inner)}.")
     if kind == "disattenuated":
         sampled = typical(found["interval"].disattenuated, every)[0]
         low, high = np.nanpercentile(sampled, [2.5, 97.5])
-        lines = [f"95 % interval of the median, over {unit}: {number(low)} to {number(high)}."]
+        lines = [f"95 % interval of the median, over {unit}, with these seeds fixed: "
+                 f"{number(low)} to {number(high)}."]
+        loose = [names[i] for i in every if found["all"].low[i, i] <= 0]
+        if loose:
+            lines.append(f"Not all seeds of {listed(loose)} agree with one another (reliability at "
+                         "most 0): disattenuated rhos with it are rough, whatever the intervals.")
     else:
         same_seed = ", and of runs of the same seed, which are more alike than others"
         lines = ["Reliability is unknown: it takes two seeds of each method. So the rho is raw"
                  f"{same_seed if table.same_seed else ''}."]
-    share = typical(found["all"].raw / found["ceiling"], every)[0]
+    share = typical(found["all"].raw / np.abs(found["ceiling"]), every)[0]
     lines.append(f"Raw rho: median {median('all', 'raw')}, a share of {number(share)} of what ties "
                  f"allow. Overlap of the costliest 10 %: {median('overlap', 'raw')} (by chance "
                  "0.10).")
     if told:
+        kinds = Counter(word(rho) for rho in sorted(told.values(), reverse=True))
+        lines.append(f"Of the {len(told)} pairs "
+                     f"{', '.join(f'{count} {kind}' for kind, count in kinds.items())}.")
         most, least = max(told, key=told.get), min(told, key=told.get)
         lines.append(f"Most alike: {most} ({number(told[most])}). Least alike: {least} "
                      f"({number(told[least])}).")
     same = [f"{text} {median(key)}" for key, text in (
         ("within class", "within classes"), ("both right", "where both answer right"),
-        ("both wrong", "where both answer wrong"), ("partial", "covariates held fixed"))
+        ("both wrong", "where both answer wrong"), ("partial", "with covariates held fixed"))
         if key in found]
-    lines += [f"The same median {', '.join(same)}."] if same else []
-    lines.append(neurons(logs, table, found))
+    lines += [f"The same median: {', '.join(same)}."] if same else []
+    lines.append(neurons(logs))
     if "people" in table.names:
         r = table.names.index("people")
         raw, full = (number(np.nanmedian(m[:table.methods, r]))
                      for m in (found["all"].raw, found["all"].disattenuated))
         lines.append(f"With people: median rho {raw}, disattenuated {full}. Errors of published "
                      "networks with people: 0.34 and 0.43.")
-    answers, texts = set(), []
+    answers, texts = [], []
     for name, (view, agree) in views.items():
-        middle = typical(getattr(agree, kind), some)[0]
-        answers |= {word(middle)} if np.isfinite(middle) else set()
+        middle, low, high = typical(getattr(agree, kind), some)
+        answers += [word(middle, low, high)] if np.isfinite(middle) else []
         gone = [names[i] for i in some if view.excuses()[i]]
         texts.append(f"{name} {number(middle)}" + (f" (without {listed(gone)})" if gone else ""))
-    verdict = ("is unknown", "stays", "changes")[min(len(answers), 2)]
-    spent = [f"{name} {spread([log.spent for log in runs], 3)} for "
+    answers = list(dict.fromkeys(answers))
+    verdict = ("is unknown", "stays", f"changes ({', '.join(answers)})")[min(len(answers), 2)]
+    spent = [f"{name} {spread([log.spent for log in runs], 3)}, "
              f"{spread([log.quality for log in runs], 3)}" for name, runs in methods.items()]
     seeds = sorted({len(runs) for runs in methods.values()})
     lines += [f"At other budgets the answer for {listed(names[i] for i in some)} {verdict}; "
               f"medians: {', '.join(texts)}.",
-              "Mean MACs, as shares of the dense ones, for which "
-              f"{'loss' if logs[0].text else 'accuracy'}: {'; '.join(spent)}.",
+              "Mean MACs, as shares of the dense ones, and the "
+              f"{'loss' if logs[0].text else 'accuracy'} reached: {'; '.join(spent)}.",
               f"Seeds per method: {listed(map(str, seeds))}. n = {len(logs[0].macs):,} {unit}."]
     return [f"# Do they agree on what is hard? {logs[0].group}", "", f"**{answer}**", "",
             *(f"* {line}" for line in lines), ""]
@@ -715,13 +684,13 @@ people and machines at 0.43.
 
 *Raw*: Spearman's rho with midranks, mean over pairs of runs of different seeds. *Tie ceiling*: the
 rho farthest from 0, on the side of the raw one, that equal costs allow. *Reliability*: rho between
-seeds of one method.
+seeds of one method; for people between random halves of them, stepped up to all.
 *Disattenuated*: raw, divided by the root of the product of both reliabilities; 1 means that the
 methods differ no more than their own seeds do, and noise can carry it beyond. *Within class*: mean
 of the rhos inside each class. *Partial*: correlation of what is left of the ranks when class,
-the static network's loss and brightness (images) or the character read, its position and the
-static network's loss (text, per token) are regressed out, as far as the logs and the data at hand
-tell them.
+the static network's loss and brightness (images), the static network's loss (windows of text), or
+that, the character read and its position (per token) are regressed out, as far as the logs and the
+data at hand tell them.
 *Costliest 10 %*: share in common of the costliest tenth; ties share their places; chance is 0.10.
 *At {', '.join(f'{b:.2f}' for b in BUDGETS)}*: costs interpolated between neighbouring thresholds
 of the sweep so that their mean is that share of the dense MACs; *not reached*: no threshold of the
@@ -1039,8 +1008,9 @@ def compare(logs, args):
     if hardness and not text:
         by = "known difficulty" if difficulty is not None else list(hardness)[-1]
         panels = apart("images", by, hardness[by], costs, [log.right for log in logs]) + panels
-    if text and all(log.tokens is not None for log in logs):
-        read = np.append(32, first.label)[:-1].reshape(first.label.shape)   # windows join up
+    label = next((log.label for log in logs if log.label is not None), None)
+    if text and label is not None and all(log.tokens is not None for log in logs):
+        read = np.append(32, label)[:-1].reshape(label.shape)               # windows join up
         T, right = read.shape[1], [log.right.ravel() for log in logs]
         tokens = rankings(logs, lambda log: log.tokens.ravel())
         losses = [np.mean([log.loss for log in static], 0).ravel()] if static else []
@@ -1054,7 +1024,7 @@ def compare(logs, args):
         picture("passages.png", "on which characters each method spends its compute",
                 draw_passages(read, share, percentiles(tokens).reshape(N, T, -1), names))
     elif text:
-        left_out.append("everything per token: token_macs is not in all logs")
+        left_out.append("everything per token: labels, or token_macs of a log, are missing")
     if panels:
         picture("deciles.png", "what easy and hard examples cost", draw_deciles(logs, panels))
     if images is not None:
@@ -1070,12 +1040,9 @@ def compare(logs, args):
     else:
         left_out.append("MACs against time: no log has wall_clock in its meta")
 
-    chance = [f"{name}: {number(typical(found[key].raw, range(len(names)))[0])}" for key, name in
-              (("shuffled", "examples shuffled"), ("class alone", "shuffled inside classes"))
-              if key in found]
     lines = [*screen, *pictures.values(), ""]
     lines += [f"Left out: {'; '.join(left_out)}.", ""] if left_out else []
-    lines += [*tables, "## By chance", "", f"Median raw rho. {'; '.join(chance).capitalize()}.", ""]
+    lines += tables
     report = folder / "report.md"
     report.write_text("\n".join(lines + HOW_TO_READ) + "\n")
     return [report, *pictures], screen
@@ -1204,9 +1171,6 @@ def main(args):
         if not paths:
             raise UserError("no run has left a log")
     logs = gather(paths)
-    if args.slim:
-        print("wrote", *(save_slim(log, args.slim) for log in logs))
-        return 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)     # what cannot be told becomes NaN
         written, screen = compare(logs, args)
@@ -1226,7 +1190,6 @@ def command_line():
     add("--human", metavar="FILE", help="counts (N, 10) of how people labelled each image, .npy")
     add("--data", default="data", help="folder of the data sets, for the images of the report")
     add("--out", default=".", help="folder that receives figures/, and logs/ of --train")
-    add("--slim", metavar="FOLDER", help="write small copies of the logs there, and stop")
     add("--train", action="store_true", help="first run the five scripts for the missing logs")
     add("--dataset", help="with --train: cifar10 (default), shakespeare, shapes or pydoc")
     add("--size", help="with --train: tiny, small or base (default: base on a GPU, else small)")

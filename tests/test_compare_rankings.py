@@ -14,6 +14,7 @@ import pytest
 
 import compare_rankings as script
 from conftest import NAMES, ROOT, scripts
+from results import save_slim
 
 FIVE, DENSE = script.METHODS, 1000000
 
@@ -346,7 +347,8 @@ def test_slim_logs_give_the_same_report(run, tmp_path, monkeypatch):
     few_samples(monkeypatch)
     simulate(tmp_path, FIVE, range(2), N=3000)
     simulate(tmp_path, ["mine"], range(2), N=3000)
-    assert run(tmp_path, "--slim", "slim")[0] == 0
+    for path in tmp_path.glob("*.npz"):
+        save_slim(script.load(path), tmp_path / "slim")
     folder = tmp_path / "slim/cifar10-tiny"
     assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in tmp_path.glob("*.npz"))
     for path in folder.iterdir():
@@ -363,7 +365,8 @@ def test_slim_logs_of_text_keep_what_is_per_token(run, tmp_path, monkeypatch):
     few_tokens = lambda arrays, meta, count: arrays.update(
         token_macs=arrays["token_macs"] // 1000 * 1000) if count % 2 else None
     paths = simulate(tmp_path, FIVE[:3], range(2), text=True, change=few_tokens)
-    assert run(tmp_path, "--slim", "slim")[0] == 0
+    for path in tmp_path.glob("*.npz"):
+        save_slim(script.load(path), tmp_path / "slim")
     reports = []
     for path in paths:
         whole, slim = script.load(path), script.load(tmp_path / "slim/shakespeare-tiny" / path.name)
@@ -377,6 +380,12 @@ def test_slim_logs_of_text_keep_what_is_per_token(run, tmp_path, monkeypatch):
     assert run(tmp_path / "slim/shakespeare-tiny")[0] == 0
     report = (tmp_path / "figures/shakespeare-tiny/report.md").read_text()
     assert "## Per token" in report and "Left out" not in report
+    assert report.count("shuffled inside classes") == 1         # of characters; windows have no class
+    (tmp_path / "slim/shakespeare-tiny/relu_sparsity-s0.npz").unlink()
+    (tmp_path / "slim/shakespeare-tiny/relu_sparsity-s1.npz").unlink()
+    assert run(tmp_path / "slim/shakespeare-tiny")[0] == 0      # nobody else has the labels
+    report = (tmp_path / "figures/shakespeare-tiny/report.md").read_text()
+    assert "## Per token" not in report and "everything per token: labels" in report
 
 
 def test_a_log_of_ones_own(run, tmp_path, monkeypatch):
@@ -403,12 +412,32 @@ def test_what_cannot_be_told_is_left_out_by_name(run, tmp_path, monkeypatch):
 
 
 def test_ceilings_of_opposite_rankings(run, tmp_path, monkeypatch):
-    """Where rho is negative, the ceiling is the lowest that ties allow: the share stays positive."""
+    """Where rho is negative, the ceiling is the lowest that ties allow, and the share has its sign."""
     few_samples(monkeypatch)
     logs = script.gather(simulate(tmp_path, FIVE[:2], range(2), shared=0.6, flipped=FIVE[:1]))
     found = script.study(script.rankings(logs, lambda log: log.macs), [], [], None, 2)
     rho, ceiling = found["all"].raw[0, 1], found["ceiling"][0, 1]
     assert rho < -0.3 and ceiling < -0.9 and 0 < rho / ceiling < 1
+    assert run(tmp_path)[0] == 0
+    row = re.search(r"relu_sparsity, early_exit \|.*", (tmp_path / "figures/cifar10-tiny/report.md").read_text())
+    assert float(row[0].split(" | ")[3]) == pytest.approx(-rho / ceiling, abs=0.006)
+
+
+def test_words():
+    """By thresholds; pairs that largely agree beside pairs that contradict each other are divided."""
+    said = [script.word(rho) for rho in (0.7, 0.69, 0.15, 0.0, -0.15, -0.16, -0.4, -0.41, np.nan)]
+    assert said == ["largely agree", "partly agree", "hardly agree", "do not agree", "do not agree",
+                    "weakly contradict each other", "weakly contradict each other", "contradict each other",
+                    "cannot be compared yet"]
+    assert script.word(0.8, -0.5, 0.9) == script.word(np.nan, -0.5, 0.9) == "are divided"
+    assert script.word(0.8, -0.3, 0.9) == "largely agree" and script.word(0.2, -0.5, 0.6) == "hardly agree"
+
+
+def test_seeds_that_do_not_agree_are_named(run, tmp_path, monkeypatch):
+    few_samples(monkeypatch)
+    simulate(tmp_path, FIVE[:2], range(3), shared=0.6, own=0.3)
+    simulate(tmp_path, FIVE[2:3], range(3), shared=0.0, own=0.0)
+    assert "Not all seeds of gumbel_gates agree with one another" in run(tmp_path)[1]
 
 
 def test_spread_and_what_cannot_be_told():
@@ -428,6 +457,7 @@ def break_log(what):
     """A change to the second of two logs; returns "skip" where that log is not written at all."""
     def change(arrays, meta, count):
         if count == 0:
+            meta["config"] = dict(epochs=2)
             return None
         N = len(arrays["macs"])
         if what == "split":
@@ -442,6 +472,8 @@ def break_log(what):
                 arrays[key] = arrays[key][order]
         elif what == "schema":
             meta["schema"] = 2
+        elif what == "epochs":
+            meta["config"] = dict(epochs=3)
         elif what == "missing":
             del arrays["sweep_macs"], meta["dense_macs"]
         elif what == "shape":
@@ -465,7 +497,7 @@ def break_log(what):
 @pytest.mark.parametrize("what, message", (
     ("split", "its test split is not that of"), ("data set", "(cifar10, not shapes)"),
     ("order", "not in the order of the test split"), ("permuted", "order of labels is not that of"),
-    ("schema", "unknown schema"), ("missing", "dense_macs, sweep_macs"),
+    ("schema", "unknown schema"), ("epochs", "number of epochs is not that of"), ("missing", "dense_macs, sweep_macs"),
     ("shape", "loss has shape"), ("fewer", "examples is not that of"), ("NaN", "loss holds NaN"),
     ("words", "loss is not numeric"), ("one method", "at least two"), ("twice", "the same method and seed"),
     ("skip", "at least two")))
