@@ -93,6 +93,14 @@ def test_dispatch_reads_any_shape_and_a_single_token():
         assert torch.allclose(script.dispatch(x[i:i + 1], weight[i:i + 1], up, down), whole[i:i + 1])
 
 
+def test_dispatch_trains_in_bf16_as_well():
+    x, weight, up, down = (v.float() for v in layer())
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = (run(x, weight, up, down) for run in (script.dispatch, script.every_expert))
+    y.square().sum().backward()
+    assert torch.allclose(y, expected.float(), atol=0.05) and up.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_the_contract_holds_for_every_routing(dataset, routing):
@@ -308,7 +316,8 @@ def test_training_meets_the_budget():
 def test_options_that_cannot_be(run, tmp_path):
     for options, message in ((("--experts", "0"), "at least 1"), (("--hidden", "-1"), "not negative"),
                              (("--balance", "nan"), "not negative"), (("--budget", "0.5"), "0.683"),
-                             (("--budget", "nan"), "cannot be"), (("--routing", "best"), "invalid choice")):
+                             (("--budget", "nan"), "cannot be"), (("--routing", "best"), "invalid choice"),
+                             (("--budget", "nan", "--routing", "top_k"), "cannot be")):
         status, _, errors = run("moe", "--dataset", "shapes", "--size", "tiny", *options, cwd=tmp_path)
         assert status == 2 and message in errors.splitlines()[-1]
 
