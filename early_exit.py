@@ -582,6 +582,10 @@ def resolve(cfg):
             raise UserError(f"--{name} {getattr(cfg, name)} is a file; a folder is expected")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA here; leave it out to use the CPU")
+    for name in ("epochs", "steps", "batch", "lr", "seed"):
+        if not 0 <= getattr(cfg, name) < 2 ** 31:
+            raise UserError(f"--{name} {getattr(cfg, name)} must not be negative, and less than "
+                            "2 ** 31 (0 takes the default)")
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cfg.size = cfg.size or ("small" if cfg.device == "cpu" else "base")
     cfg.text = cfg.dataset in ("shakespeare", "pydoc")
@@ -589,11 +593,6 @@ def resolve(cfg):
     cfg.width, cfg.depth, cfg.heads, cfg.tokens, batch, lr, cfg.dropout = SIZES[cfg.text, cfg.size]
     cfg.batch, cfg.lr = cfg.batch or batch, cfg.lr or lr
     cfg.epochs = cfg.epochs or EPOCHS[cfg.dataset][cfg.size]
-    if min(cfg.batch, cfg.lr, cfg.epochs) <= 0 or min(cfg.steps, cfg.seed) < 0:
-        raise UserError("--batch, --lr, --epochs, --steps and --seed must not be negative (0 takes "
-                        "the default)")
-    if not max(cfg.lr, cfg.epochs, cfg.seed, cfg.steps) < 2 ** 31:
-        raise UserError("--lr, --epochs, --steps and --seed must be finite, and less than 2 ** 31")
 
 
 def cross_entropy(logits, y):
@@ -657,6 +656,14 @@ def evaluate(run, split, threshold):
         batches.append((cross_entropy(logits, y), logits.argmax(-1), macs, token_macs.int()))
     names = ("loss", "prediction", "macs", "token_macs")
     return {name: torch.cat(part).cpu().numpy() for name, part in zip(names, zip(*batches))}
+
+
+def quality(model, y, result):
+    """What `evaluate` returned, against the labels y -> its means: accuracy, loss in nats, and MACs
+    as a share of the dense ones."""
+    return dict(accuracy=float((result["prediction"] == y).mean()),
+                loss=float(result["loss"].mean()),
+                budget=float(result["macs"].mean() / model.dense_macs))
 
 
 def calibrate(model, split, budget=None, points=11, gap=0.08):
@@ -736,17 +743,12 @@ def save_log(path, cfg, data, model, budget, threshold, result, sweep, **extra):
     budget: what was asked for, or None. result: what `evaluate` returned at `threshold`. sweep:
     {threshold: the same}, from the cheapest model to the full one. Returns the meta data."""
     y = data.test[1].cpu().numpy()
-
-    def quality(r):
-        return dict(accuracy=float((r["prediction"] == y).mean()), loss=float(r["loss"].mean()),
-                    budget=float(r["macs"].mean() / model.dense_macs))
-
     meta = dict(
         schema=1, method=Path(__file__).stem, dataset=cfg.dataset, size=cfg.size, seed=cfg.seed,
         config=asdict(cfg), test_sha256=data.sha256, dense_macs=model.dense_macs,
         parameters=sum(p.numel() for p in model.parameters()), threshold=threshold,
-        budget_wanted=budget, at_budget=quality(result),
-        full=quality(list(sweep.values())[-1]), **extra,
+        budget_wanted=budget, at_budget=quality(model, y, result),
+        full=quality(model, y, list(sweep.values())[-1]), **extra,
         torch=torch.__version__, device=torch.cuda.get_device_name() if cfg.device != "cpu" else
         f"CPU, {torch.get_num_threads()} threads", date=time.strftime("%Y-%m-%d"),
         script_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
@@ -835,21 +837,13 @@ def draw_tokens(axis, x, values, most, title):
 
 
 # === shared: quality against compute ===
-def points(cfg, model, y, results):
-    """Results of `evaluate` -> their mean MACs as shares of the dense ones, and their mean losses
-    (text) or accuracies."""
-    return tuple(zip(*[(r["macs"].mean() / model.dense_macs,
-                        (r["loss"] if cfg.text else r["prediction"] == y).mean())
-                       for r in results]))
-
-
 def draw_curves(axis, cfg, curves):
-    """curves {label: points}, the first a sweep that ends with the full model. The star is the
-    static twin of the same seed, if its log is there; what is far worse is cut off."""
-    for (label, (macs, quality)), marker in zip(curves.items(), ("o-", "s--", "^:")):
-        axis.plot(macs, quality, marker, label=label)
+    """curves {label: list of `quality`}, the first a sweep that ends with the full model. The star
+    is the static twin of the same seed, if its log is there; what is far worse is cut off."""
+    name = "loss" if cfg.text else "accuracy"
+    for (label, found), marker in zip(curves.items(), ("o-", "s--", "^:")):
+        axis.plot([q["budget"] for q in found], [q[name] for q in found], marker, label=label)
     log = Path(cfg.out, "logs", f"{cfg.dataset}-{cfg.size}", f"relu_sparsity-s{cfg.seed}.npz")
-    name, full = "loss" if cfg.text else "accuracy", next(iter(curves.values()))[1][-1]
     try:
         twin = json.loads(str(np.load(log)["meta"]))
         alike = [twin["config"][key] == getattr(cfg, key)
@@ -858,12 +852,28 @@ def draw_curves(axis, cfg, curves):
             axis.plot(1, twin["full"][name], "k*", label="static twin")
     except Exception:       # no log there, or a broken one: no star
         pass
+    full = next(iter(curves.values()))[-1][name]
     shown = np.concatenate([line.get_ydata() for line in axis.lines])
     shown = shown.clip(max=1.25 * full) if cfg.text else shown.clip(min=0.9 * full)
     margin = 0.05 * np.ptp(shown) + 0.001
     axis.set_ylim(shown.min() - margin, shown.max() + margin)
     axis.set(xlabel="MACs / dense MACs", ylabel=name, title="Quality against compute")
     axis.legend()
+
+
+def draw_extremes(figure, cfg, data, order, amount, values=None, label=""):
+    """The first and the last test examples of `order` (N,), of images one per class, with their
+    amount (N,) above and the values (N, T) of their tokens, if any, laid over them."""
+    y, most = data.test[1].cpu().numpy(), None if values is None else values.max()
+    for row, ranked in zip(figure.subplots(2, 3 if cfg.text else 10), (order, order[::-1])):
+        for column, axis in enumerate(row):
+            i = ranked[column] if cfg.text else ranked[y[ranked] == column][0]
+            name = "" if cfg.text else NAMES[cfg.dataset][column]
+            overlay = draw_tokens(axis, data.test[0][i].cpu().numpy(),
+                                  None if values is None else values[i], most,
+                                  f"{name} {amount[i]:.2f}")
+    if values is not None:
+        figure.colorbar(overlay, ax=figure.axes, label=label)
 # === end shared ===
 
 
@@ -892,13 +902,9 @@ def certified_threshold(model, split, risk):
     y = split[1].cpu().numpy()
     grid = [model.full, *np.linspace(1, 0, 101)]            # fixed before any data were seen
     right = evaluate(model.masked, split, model.full)["prediction"] == y
-
-    def losses():
-        for threshold in tqdm(grid, "certify"):
-            wrong = evaluate(model.masked, split, threshold)["prediction"] != y
-            yield (right & wrong).reshape(len(y), -1).mean(1)
-
-    index = certify(losses(), risk)
+    losses = ((right & (evaluate(model.masked, split, threshold)["prediction"] != y))
+              .reshape(len(y), -1).mean(1) for threshold in tqdm(grid, "certify"))
+    index = certify(losses, risk)
     if index is None:
         raise UserError(f"{len(y)} examples are too few to certify a risk of {risk}")
     return grid[index]
@@ -909,11 +915,13 @@ def draw(path, cfg, data, model, result, depth, sweep, correct, loss, gain):
     figure, y = Figure(figsize=(13, 8), layout="constrained"), data.test[1].cpu().numpy()
     top, bottom = figure.subfigures(2, 1, height_ratios=(3, 2))
     curve, exits, missed = top.subplots(1, 3)
-    earlier_heads = np.arange(cfg.depth) * model.early_head_macs * (cfg.tokens if cfg.text else 1)
-    alone = np.array(model.macs_leaving_at) - earlier_heads
-    each = (loss if cfg.text else correct).reshape(cfg.depth, -1).mean(1)
-    draw_curves(curve, cfg, {"each leaves when sure": points(cfg, model, y, sweep.values()),
-                             "the same exit for all": (alone / model.dense_macs, each)})
+    head_macs = model.early_head_macs * (cfg.tokens if cfg.text else 1)     # that it does without
+    same = [dict(budget=(macs - earlier * head_macs) / model.dense_macs,
+                 accuracy=correct[earlier].mean(), loss=loss[earlier].mean())
+            for earlier, macs in enumerate(model.macs_leaving_at)]
+    draw_curves(curve, cfg, {
+        "each leaves when sure": [quality(model, y, r) for r in sweep.values()],
+        "the same exit for all": same})
     right = result["prediction"] == y
     exits.hist([depth[right], depth[~right]], np.arange(0.5, cfg.depth + 1), stacked=True,
                label=["right", "wrong"])
@@ -927,15 +935,7 @@ def draw(path, cfg, data, model, result, depth, sweep, correct, loss, gain):
 
     order = np.argsort(result["loss"].reshape(len(y), -1).mean(1), kind="stable")
     order = order[np.argsort(result["macs"][order], kind="stable")]     # ties in MACs: by loss
-    for row, ranked in zip(bottom.subplots(2, 3 if cfg.text else 10), (order, order[::-1])):
-        for column, axis in enumerate(row):
-            i = ranked[column] if cfg.text else ranked[y[ranked] == column][0]
-            name = "" if cfg.text else NAMES[cfg.dataset][column]
-            overlay = draw_tokens(axis, data.test[0][i].cpu().numpy(),
-                                  depth[i] if cfg.text else None, cfg.depth,
-                                  f"{name} {spent[i]:.2f}")
-    if cfg.text:
-        bottom.colorbar(overlay, ax=bottom.axes, label="blocks run")
+    draw_extremes(bottom, cfg, data, order, spent, depth if cfg.text else None, "blocks run")
     bottom.suptitle("MACs / dense MACs: who leaves first, who last")
     figure.savefig(path, dpi=120)
 

@@ -164,6 +164,11 @@ def ragged_attention(attention, x, asks, keyed, past=None):
 # === end shared ===
 
 
+def decided(threshold):
+    """Gates after training."""
+    return lambda layer, z: (z > threshold).to(z.dtype)
+
+
 class Gate(nn.Module):
     """A small network, float32 also under autocast: (..., C) -> scores (..., U), at first open with
     probability 0.87 whatever it sees."""
@@ -209,8 +214,8 @@ class Model(nn.Module):
         block, T = self.twin.blocks[0], cfg.tokens
         keys = block.attention.macs(0, 1)                                       # of one token
         asking = block.attention.macs(T, T) // T - (keys if cfg.text else 0)
-        rows = 1 if self.by_token else T                                # tokens behind one gate
-        halves = [rows * asking, rows * block.mlp_macs]
+        tokens = 1 if self.by_token else T                                      # behind one gate
+        halves = [tokens * asking, tokens * block.mlp_macs]
         self.unit_macs = dict(layer=halves, token=[sum(halves)],
                               head=[half // cfg.heads for half in halves for _ in range(cfg.heads)]
                               )[cfg.grain]
@@ -280,10 +285,14 @@ class Model(nn.Module):
         return macs, (spent // self.twin.tokens).expand(-1, self.twin.tokens)
 
     @torch.no_grad()
+    def choosing(self, x, choose):
+        """As `everything`, with gates of zeros and ones -> logits, macs, token_macs."""
+        logits, _, gates = self.everything(x, choose)
+        return logits, *self.cost(gates > 0.5)
+
     def masked(self, x, threshold):
         """Everything is computed, what is closed is zeroed -> logits, macs, token_macs."""
-        logits, _, gates = self.everything(x, lambda layer, z: (z > threshold).to(z.dtype))
-        return logits, *self.cost(gates > 0.5)
+        return self.choosing(x, decided(threshold))
 
     @torch.no_grad()
     def skipping(self, x, threshold):
@@ -294,22 +303,23 @@ class Model(nn.Module):
             gates = self.scores(layer, normed) > threshold                      # (B, R, U)
             all_gates.append(gates)
             heads, groups = self.halves(gates if self.by_token else gates[:, 0])
-            parts = [attention] if heads.shape[-1] == 1 else [
+            all_heads = [attention] if heads.shape[-1] == 1 else [
                 one_head(attention, i) for i in range(attention.heads)]
             heard = torch.zeros_like(x)
-            for part, runs in zip(parts, heads.unbind(-1)):                     # (B,) or (B, T)
+            for head, runs in zip(all_heads, heads.unbind(-1)):                 # (B,) or (B, T)
                 if self.by_token:
                     keyed = torch.ones_like(runs) if self.twin.text else runs
-                    heard[runs] += ragged_attention(part, normed, runs, keyed, block.past)
+                    heard[runs] += ragged_attention(head, normed, runs, keyed, block.past)
                 else:
                     some = normed[runs]                                         # (n, T, C)
-                    heard[runs] += part.out(part.mix(part.query(some), part.key_value(some)))
+                    heard[runs] += head.out(head.mix(head.query(some), head.key_value(some)))
             x = x + heard
             normed, y = block.norm2(x), torch.zeros_like(x)
-            rows = torch.arange(len(up.weight), device=x.device).chunk(groups.shape[-1])
-            for part, runs in zip((slice(r[0], r[-1] + 1) for r in rows), groups.unbind(-1)):
-                hidden = F.linear(normed[runs], up.weight[part], up.bias[part]).relu()
-                y[runs] += F.linear(hidden, down.weight[:, part]) + down.bias / len(rows)
+            parts = groups.shape[-1]        # of the neurons; each owns as much of the output's bias
+            for runs, w1, b1, w2 in zip(groups.unbind(-1), up.weight.chunk(parts),
+                                        up.bias.chunk(parts), down.weight.chunk(parts, 1)):
+                hidden = F.linear(normed[runs], w1, b1).relu()
+                y[runs] += F.linear(hidden, w2) + down.bias / parts
             x = x + y
         return self.twin.readout(x), *self.cost(torch.stack(all_gates, 1))
 
@@ -325,7 +335,7 @@ def surrogate(model, x, y, estimator, budget_weight):
     loss = each.mean() + budget_weight * excess.square().mean()
     if estimator == "reinforce":
         with torch.no_grad():       # the greedy gates are the baseline, for loss and for MACs
-            greedy, _, open_ = model.everything(x[rest], lambda layer, z: (z > 0).to(z.dtype))
+            greedy, _, open_ = model.everything(x[rest], decided(0.0))
             better = cross_entropy(greedy, y[rest]).reshape(len(z), -1).mean(1) - each[rest]
             price = 2 * budget_weight * excess / len(excess)            # of MACs, on this batch
             cheaper = ((model.used(open_) - model.used(gates)) * price).sum(1)
@@ -631,6 +641,10 @@ def resolve(cfg):
             raise UserError(f"--{name} {getattr(cfg, name)} is a file; a folder is expected")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA here; leave it out to use the CPU")
+    for name in ("epochs", "steps", "batch", "lr", "seed"):
+        if not 0 <= getattr(cfg, name) < 2 ** 31:
+            raise UserError(f"--{name} {getattr(cfg, name)} must not be negative, and less than "
+                            "2 ** 31 (0 takes the default)")
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cfg.size = cfg.size or ("small" if cfg.device == "cpu" else "base")
     cfg.text = cfg.dataset in ("shakespeare", "pydoc")
@@ -638,11 +652,6 @@ def resolve(cfg):
     cfg.width, cfg.depth, cfg.heads, cfg.tokens, batch, lr, cfg.dropout = SIZES[cfg.text, cfg.size]
     cfg.batch, cfg.lr = cfg.batch or batch, cfg.lr or lr
     cfg.epochs = cfg.epochs or EPOCHS[cfg.dataset][cfg.size]
-    if min(cfg.batch, cfg.lr, cfg.epochs) <= 0 or min(cfg.steps, cfg.seed) < 0:
-        raise UserError("--batch, --lr, --epochs, --steps and --seed must not be negative (0 takes "
-                        "the default)")
-    if not max(cfg.lr, cfg.epochs, cfg.seed, cfg.steps) < 2 ** 31:
-        raise UserError("--lr, --epochs, --steps and --seed must be finite, and less than 2 ** 31")
 
 
 def cross_entropy(logits, y):
@@ -706,6 +715,14 @@ def evaluate(run, split, threshold):
         batches.append((cross_entropy(logits, y), logits.argmax(-1), macs, token_macs.int()))
     names = ("loss", "prediction", "macs", "token_macs")
     return {name: torch.cat(part).cpu().numpy() for name, part in zip(names, zip(*batches))}
+
+
+def quality(model, y, result):
+    """What `evaluate` returned, against the labels y -> its means: accuracy, loss in nats, and MACs
+    as a share of the dense ones."""
+    return dict(accuracy=float((result["prediction"] == y).mean()),
+                loss=float(result["loss"].mean()),
+                budget=float(result["macs"].mean() / model.dense_macs))
 
 
 def calibrate(model, split, budget=None, points=11, gap=0.08):
@@ -785,17 +802,12 @@ def save_log(path, cfg, data, model, budget, threshold, result, sweep, **extra):
     budget: what was asked for, or None. result: what `evaluate` returned at `threshold`. sweep:
     {threshold: the same}, from the cheapest model to the full one. Returns the meta data."""
     y = data.test[1].cpu().numpy()
-
-    def quality(r):
-        return dict(accuracy=float((r["prediction"] == y).mean()), loss=float(r["loss"].mean()),
-                    budget=float(r["macs"].mean() / model.dense_macs))
-
     meta = dict(
         schema=1, method=Path(__file__).stem, dataset=cfg.dataset, size=cfg.size, seed=cfg.seed,
         config=asdict(cfg), test_sha256=data.sha256, dense_macs=model.dense_macs,
         parameters=sum(p.numel() for p in model.parameters()), threshold=threshold,
-        budget_wanted=budget, at_budget=quality(result),
-        full=quality(list(sweep.values())[-1]), **extra,
+        budget_wanted=budget, at_budget=quality(model, y, result),
+        full=quality(model, y, list(sweep.values())[-1]), **extra,
         torch=torch.__version__, device=torch.cuda.get_device_name() if cfg.device != "cpu" else
         f"CPU, {torch.get_num_threads()} threads", date=time.strftime("%Y-%m-%d"),
         script_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
@@ -884,21 +896,13 @@ def draw_tokens(axis, x, values, most, title):
 
 
 # === shared: quality against compute ===
-def points(cfg, model, y, results):
-    """Results of `evaluate` -> their mean MACs as shares of the dense ones, and their mean losses
-    (text) or accuracies."""
-    return tuple(zip(*[(r["macs"].mean() / model.dense_macs,
-                        (r["loss"] if cfg.text else r["prediction"] == y).mean())
-                       for r in results]))
-
-
 def draw_curves(axis, cfg, curves):
-    """curves {label: points}, the first a sweep that ends with the full model. The star is the
-    static twin of the same seed, if its log is there; what is far worse is cut off."""
-    for (label, (macs, quality)), marker in zip(curves.items(), ("o-", "s--", "^:")):
-        axis.plot(macs, quality, marker, label=label)
+    """curves {label: list of `quality`}, the first a sweep that ends with the full model. The star
+    is the static twin of the same seed, if its log is there; what is far worse is cut off."""
+    name = "loss" if cfg.text else "accuracy"
+    for (label, found), marker in zip(curves.items(), ("o-", "s--", "^:")):
+        axis.plot([q["budget"] for q in found], [q[name] for q in found], marker, label=label)
     log = Path(cfg.out, "logs", f"{cfg.dataset}-{cfg.size}", f"relu_sparsity-s{cfg.seed}.npz")
-    name, full = "loss" if cfg.text else "accuracy", next(iter(curves.values()))[1][-1]
     try:
         twin = json.loads(str(np.load(log)["meta"]))
         alike = [twin["config"][key] == getattr(cfg, key)
@@ -907,12 +911,28 @@ def draw_curves(axis, cfg, curves):
             axis.plot(1, twin["full"][name], "k*", label="static twin")
     except Exception:       # no log there, or a broken one: no star
         pass
+    full = next(iter(curves.values()))[-1][name]
     shown = np.concatenate([line.get_ydata() for line in axis.lines])
     shown = shown.clip(max=1.25 * full) if cfg.text else shown.clip(min=0.9 * full)
     margin = 0.05 * np.ptp(shown) + 0.001
     axis.set_ylim(shown.min() - margin, shown.max() + margin)
     axis.set(xlabel="MACs / dense MACs", ylabel=name, title="Quality against compute")
     axis.legend()
+
+
+def draw_extremes(figure, cfg, data, order, amount, values=None, label=""):
+    """The first and the last test examples of `order` (N,), of images one per class, with their
+    amount (N,) above and the values (N, T) of their tokens, if any, laid over them."""
+    y, most = data.test[1].cpu().numpy(), None if values is None else values.max()
+    for row, ranked in zip(figure.subplots(2, 3 if cfg.text else 10), (order, order[::-1])):
+        for column, axis in enumerate(row):
+            i = ranked[column] if cfg.text else ranked[y[ranked] == column][0]
+            name = "" if cfg.text else NAMES[cfg.dataset][column]
+            overlay = draw_tokens(axis, data.test[0][i].cpu().numpy(),
+                                  None if values is None else values[i], most,
+                                  f"{name} {amount[i]:.2f}")
+    if values is not None:
+        figure.colorbar(overlay, ax=figure.axes, label=label)
 # === end shared ===
 
 
@@ -933,10 +953,8 @@ def mutual_information(gates, label):
 @torch.no_grad()
 def policies(model, split, threshold):
     """The gates of a whole split: bool (N, L, R, U)."""
-    def choose(layer, z):
-        return (z > threshold).to(z.dtype)
-
-    gates = [model.everything(network_input(x), choose)[2] > 0.5 for x in split[0].split(100)]
+    gates = [model.everything(network_input(x), decided(threshold))[2] > 0.5
+             for x in split[0].split(100)]
     return torch.cat(gates).cpu().numpy()
 
 
@@ -948,11 +966,7 @@ def random_gates(model, rates, seed):
     def choose(layer, z):
         return torch.bernoulli(rates[layer].expand(z.shape), generator=generator).to(z)
 
-    @torch.no_grad()
-    def run(x, threshold):
-        logits, _, gates = model.everything(x, choose)
-        return logits, *model.cost(gates > 0.5)
-    return run
+    return lambda x, threshold: model.choosing(x, choose)
 
 
 def gradient_noise(model, x, y, repeats=30):
@@ -960,7 +974,7 @@ def gradient_noise(model, x, y, repeats=30):
     root of the total variance over repeats, as a multiple of the length of the mean gradient; not
     a number where the mean drowns in the noise."""
     noise, parameters = {}, list(model.gates.parameters())
-    for estimator in get_args({f.name: f.type for f in fields(Config)}["estimator"]):
+    for estimator in get_args(Config.__annotations__["estimator"]):
         gradients = []
         for _ in range(repeats):
             loss = surrogate(model, network_input(x), y.long(), estimator, budget_weight=0)[0]
@@ -993,8 +1007,9 @@ def draw(path, cfg, data, model, result, gates, sweep, control):
              xticks=np.arange(cfg.depth) * units + (units - 1) / 2,
              xticklabels=[f"block {layer + 1}" for layer in range(cfg.depth)],
              xlabel="token" if cfg.grain == "token" else "of each: attention, MLP")
-    draw_curves(curve, cfg, {"learned gates": points(cfg, model, y, sweep.values()),
-                             "random, as often open": points(cfg, model, y, control.values())})
+    draw_curves(curve, cfg, {
+        "learned gates": [quality(model, y, r) for r in sweep.values()],
+        "random, as often open": [quality(model, y, r) for r in control]})
     spent = result["macs"] / model.dense_macs
     right = (result["prediction"] == y).reshape(len(y), -1).mean(1) > 0.5
     spread.hist([spent[right], spent[~right]], 40, stacked=True,
@@ -1003,16 +1018,9 @@ def draw(path, cfg, data, model, result, gates, sweep, control):
                ylabel="windows" if cfg.text else "images")
     spread.legend()
 
-    order, most = np.argsort(result["macs"], kind="stable"), result["token_macs"].max()
-    for row, ranked in zip(bottom.subplots(2, 3 if cfg.text else 10), (order, order[::-1])):
-        for column, axis in enumerate(row):
-            i = ranked[column] if cfg.text else ranked[y[ranked] == column][0]
-            name = "" if cfg.text else NAMES[cfg.dataset][column]
-            by_token = result["token_macs"][i] if model.by_token else None
-            overlay = draw_tokens(axis, data.test[0][i].cpu().numpy(), by_token, most,
-                                  f"{name} {spent[i]:.2f}")
-    if model.by_token:
-        bottom.colorbar(overlay, ax=bottom.axes, label="MACs of a token")
+    order = np.argsort(result["macs"], kind="stable")
+    draw_extremes(bottom, cfg, data, order, spent, result["token_macs"] if model.by_token else None,
+                  "MACs of a token")
     bottom.suptitle("MACs / dense MACs: who uses the fewest modules, who the most")
     figure.savefig(path, dpi=120)
 
@@ -1046,20 +1054,19 @@ def main(cfg):
         always_closed=float((rates < 0.01).mean()),
         policies=len(np.unique(np.packbits(gates.reshape(len(gates), -1), axis=1), axis=0)),
         bits_about_class=bits.tolist(), budget_at_zero=float(trained),
-        random_accuracy=float((control[threshold]["prediction"] == y).mean()),
-        random_loss=float(control[threshold]["loss"].mean()),
+        random=quality(model, y, control[threshold]),
         gradient_noise=gradient_noise(model, *(part[:100] for part in data.calibration)))
     times = wall_clock(model, data.test[0], threshold, cfg)
     meta = save_log(log, cfg, data, model, cfg.budget, threshold, result, sweep,
                     train_seconds=seconds, wall_clock=times, gates=learned)
-    draw(picture, cfg, data, model, result, gates, sweep, dict(sorted(
-        control.items(), key=lambda item: item[1]["macs"].mean())))
+    draw(picture, cfg, data, model, result, gates, sweep,
+         sorted(control.values(), key=lambda r: r["macs"].mean()))
 
     print(f"gates: {learned['always_open']:.2f} always open, {learned['always_closed']:.2f} always "
           f"closed; {learned['policies']} different policies; the gate that knows most tells "
           f"{bits.max():.3f} bits about the {'character read' if cfg.text else 'class'}")
-    print(f"random gates, as often open: accuracy {learned['random_accuracy']:.4f}, loss "
-          f"{learned['random_loss']:.4f}; at threshold 0 the gates spend {trained:.3f}")
+    print(f"random gates, as often open: accuracy {learned['random']['accuracy']:.4f}, loss "
+          f"{learned['random']['loss']:.4f}; at threshold 0 the gates spend {trained:.3f}")
     print("noise of the gates' gradient, in lengths of the mean:",
           ", ".join(f"{name} {value:.2f}" for name, value in learned["gradient_noise"].items()))
     report(meta, log, picture)

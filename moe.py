@@ -532,6 +532,10 @@ def resolve(cfg):
             raise UserError(f"--{name} {getattr(cfg, name)} is a file; a folder is expected")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA here; leave it out to use the CPU")
+    for name in ("epochs", "steps", "batch", "lr", "seed"):
+        if not 0 <= getattr(cfg, name) < 2 ** 31:
+            raise UserError(f"--{name} {getattr(cfg, name)} must not be negative, and less than "
+                            "2 ** 31 (0 takes the default)")
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cfg.size = cfg.size or ("small" if cfg.device == "cpu" else "base")
     cfg.text = cfg.dataset in ("shakespeare", "pydoc")
@@ -539,11 +543,6 @@ def resolve(cfg):
     cfg.width, cfg.depth, cfg.heads, cfg.tokens, batch, lr, cfg.dropout = SIZES[cfg.text, cfg.size]
     cfg.batch, cfg.lr = cfg.batch or batch, cfg.lr or lr
     cfg.epochs = cfg.epochs or EPOCHS[cfg.dataset][cfg.size]
-    if min(cfg.batch, cfg.lr, cfg.epochs) <= 0 or min(cfg.steps, cfg.seed) < 0:
-        raise UserError("--batch, --lr, --epochs, --steps and --seed must not be negative (0 takes "
-                        "the default)")
-    if not max(cfg.lr, cfg.epochs, cfg.seed, cfg.steps) < 2 ** 31:
-        raise UserError("--lr, --epochs, --steps and --seed must be finite, and less than 2 ** 31")
 
 
 def cross_entropy(logits, y):
@@ -607,6 +606,14 @@ def evaluate(run, split, threshold):
         batches.append((cross_entropy(logits, y), logits.argmax(-1), macs, token_macs.int()))
     names = ("loss", "prediction", "macs", "token_macs")
     return {name: torch.cat(part).cpu().numpy() for name, part in zip(names, zip(*batches))}
+
+
+def quality(model, y, result):
+    """What `evaluate` returned, against the labels y -> its means: accuracy, loss in nats, and MACs
+    as a share of the dense ones."""
+    return dict(accuracy=float((result["prediction"] == y).mean()),
+                loss=float(result["loss"].mean()),
+                budget=float(result["macs"].mean() / model.dense_macs))
 
 
 def calibrate(model, split, budget=None, points=11, gap=0.08):
@@ -686,17 +693,12 @@ def save_log(path, cfg, data, model, budget, threshold, result, sweep, **extra):
     budget: what was asked for, or None. result: what `evaluate` returned at `threshold`. sweep:
     {threshold: the same}, from the cheapest model to the full one. Returns the meta data."""
     y = data.test[1].cpu().numpy()
-
-    def quality(r):
-        return dict(accuracy=float((r["prediction"] == y).mean()), loss=float(r["loss"].mean()),
-                    budget=float(r["macs"].mean() / model.dense_macs))
-
     meta = dict(
         schema=1, method=Path(__file__).stem, dataset=cfg.dataset, size=cfg.size, seed=cfg.seed,
         config=asdict(cfg), test_sha256=data.sha256, dense_macs=model.dense_macs,
         parameters=sum(p.numel() for p in model.parameters()), threshold=threshold,
-        budget_wanted=budget, at_budget=quality(result),
-        full=quality(list(sweep.values())[-1]), **extra,
+        budget_wanted=budget, at_budget=quality(model, y, result),
+        full=quality(model, y, list(sweep.values())[-1]), **extra,
         torch=torch.__version__, device=torch.cuda.get_device_name() if cfg.device != "cpu" else
         f"CPU, {torch.get_num_threads()} threads", date=time.strftime("%Y-%m-%d"),
         script_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
@@ -785,21 +787,13 @@ def draw_tokens(axis, x, values, most, title):
 
 
 # === shared: quality against compute ===
-def points(cfg, model, y, results):
-    """Results of `evaluate` -> their mean MACs as shares of the dense ones, and their mean losses
-    (text) or accuracies."""
-    return tuple(zip(*[(r["macs"].mean() / model.dense_macs,
-                        (r["loss"] if cfg.text else r["prediction"] == y).mean())
-                       for r in results]))
-
-
 def draw_curves(axis, cfg, curves):
-    """curves {label: points}, the first a sweep that ends with the full model. The star is the
-    static twin of the same seed, if its log is there; what is far worse is cut off."""
-    for (label, (macs, quality)), marker in zip(curves.items(), ("o-", "s--", "^:")):
-        axis.plot(macs, quality, marker, label=label)
+    """curves {label: list of `quality`}, the first a sweep that ends with the full model. The star
+    is the static twin of the same seed, if its log is there; what is far worse is cut off."""
+    name = "loss" if cfg.text else "accuracy"
+    for (label, found), marker in zip(curves.items(), ("o-", "s--", "^:")):
+        axis.plot([q["budget"] for q in found], [q[name] for q in found], marker, label=label)
     log = Path(cfg.out, "logs", f"{cfg.dataset}-{cfg.size}", f"relu_sparsity-s{cfg.seed}.npz")
-    name, full = "loss" if cfg.text else "accuracy", next(iter(curves.values()))[1][-1]
     try:
         twin = json.loads(str(np.load(log)["meta"]))
         alike = [twin["config"][key] == getattr(cfg, key)
@@ -808,12 +802,28 @@ def draw_curves(axis, cfg, curves):
             axis.plot(1, twin["full"][name], "k*", label="static twin")
     except Exception:       # no log there, or a broken one: no star
         pass
+    full = next(iter(curves.values()))[-1][name]
     shown = np.concatenate([line.get_ydata() for line in axis.lines])
     shown = shown.clip(max=1.25 * full) if cfg.text else shown.clip(min=0.9 * full)
     margin = 0.05 * np.ptp(shown) + 0.001
     axis.set_ylim(shown.min() - margin, shown.max() + margin)
     axis.set(xlabel="MACs / dense MACs", ylabel=name, title="Quality against compute")
     axis.legend()
+
+
+def draw_extremes(figure, cfg, data, order, amount, values=None, label=""):
+    """The first and the last test examples of `order` (N,), of images one per class, with their
+    amount (N,) above and the values (N, T) of their tokens, if any, laid over them."""
+    y, most = data.test[1].cpu().numpy(), None if values is None else values.max()
+    for row, ranked in zip(figure.subplots(2, 3 if cfg.text else 10), (order, order[::-1])):
+        for column, axis in enumerate(row):
+            i = ranked[column] if cfg.text else ranked[y[ranked] == column][0]
+            name = "" if cfg.text else NAMES[cfg.dataset][column]
+            overlay = draw_tokens(axis, data.test[0][i].cpu().numpy(),
+                                  None if values is None else values[i], most,
+                                  f"{name} {amount[i]:.2f}")
+    if values is not None:
+        figure.colorbar(overlay, ax=figure.axes, label=label)
 # === end shared ===
 
 
@@ -876,11 +886,8 @@ def train_controls(cfg, model, data):
         dense = Model(other).to(cfg.device)
         train(dense, data, other, objective, f"dense, {name}")
         result = evaluate(dense.masked, data.test, dense.full)
-        found[name] = dict(
-            hidden=other.hidden, parameters=sum(p.numel() for p in dense.parameters()),
-            accuracy=float((result["prediction"] == data.test[1].cpu().numpy()).mean()),
-            loss=float(result["loss"].mean()),
-            budget=float(result["macs"].mean() / model.dense_macs))
+        found[name] = dict(quality(dense, data.test[1].cpu().numpy(), result), hidden=other.hidden,
+                           parameters=sum(p.numel() for p in dense.parameters()))
     return found
 
 
@@ -913,19 +920,13 @@ def draw(path, cfg, data, model, result, chosen, sweep, controls):
         use.axvline(edge * E - 0.5, color="white")
     use.set_title(f"Which experts a {'character' if cfg.text else 'class'} uses")
 
-    quality = "loss" if cfg.text else "accuracy"
-    draw_curves(curve, cfg, {f"experts, {cfg.routing}": points(cfg, model, y, sweep.values()), **{
-        f"dense, {name}": ([r["budget"]], [r[quality]]) for name, r in controls.items()}})
+    draw_curves(curve, cfg, {
+        f"experts, {cfg.routing}": [quality(model, y, r) for r in sweep.values()],
+        **{f"dense, {name}": [found] for name, found in controls.items()}})
 
     experts = chosen.sum(-1).mean(0)                                            # (N, T)
     order = np.argsort(result["macs"], kind="stable")
-    for row, ranked in zip(bottom.subplots(2, 3 if cfg.text else 10), (order, order[::-1])):
-        for column, axis in enumerate(row):
-            i = ranked[column] if cfg.text else ranked[y[ranked] == column][0]
-            name = "" if cfg.text else NAMES[cfg.dataset][column]
-            overlay = draw_tokens(axis, x[i], experts[i], experts.max(),
-                                  f"{name} {experts[i].mean():.2f}")
-    bottom.colorbar(overlay, ax=bottom.axes, label="experts per layer")
+    draw_extremes(bottom, cfg, data, order, experts.mean(1), experts, "experts per layer")
     bottom.suptitle("Experts per token and layer: who uses fewest, who most")
     figure.savefig(path, dpi=120)
 

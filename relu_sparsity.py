@@ -457,6 +457,10 @@ def resolve(cfg):
             raise UserError(f"--{name} {getattr(cfg, name)} is a file; a folder is expected")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA here; leave it out to use the CPU")
+    for name in ("epochs", "steps", "batch", "lr", "seed"):
+        if not 0 <= getattr(cfg, name) < 2 ** 31:
+            raise UserError(f"--{name} {getattr(cfg, name)} must not be negative, and less than "
+                            "2 ** 31 (0 takes the default)")
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cfg.size = cfg.size or ("small" if cfg.device == "cpu" else "base")
     cfg.text = cfg.dataset in ("shakespeare", "pydoc")
@@ -464,11 +468,6 @@ def resolve(cfg):
     cfg.width, cfg.depth, cfg.heads, cfg.tokens, batch, lr, cfg.dropout = SIZES[cfg.text, cfg.size]
     cfg.batch, cfg.lr = cfg.batch or batch, cfg.lr or lr
     cfg.epochs = cfg.epochs or EPOCHS[cfg.dataset][cfg.size]
-    if min(cfg.batch, cfg.lr, cfg.epochs) <= 0 or min(cfg.steps, cfg.seed) < 0:
-        raise UserError("--batch, --lr, --epochs, --steps and --seed must not be negative (0 takes "
-                        "the default)")
-    if not max(cfg.lr, cfg.epochs, cfg.seed, cfg.steps) < 2 ** 31:
-        raise UserError("--lr, --epochs, --steps and --seed must be finite, and less than 2 ** 31")
 
 
 def cross_entropy(logits, y):
@@ -532,6 +531,14 @@ def evaluate(run, split, threshold):
         batches.append((cross_entropy(logits, y), logits.argmax(-1), macs, token_macs.int()))
     names = ("loss", "prediction", "macs", "token_macs")
     return {name: torch.cat(part).cpu().numpy() for name, part in zip(names, zip(*batches))}
+
+
+def quality(model, y, result):
+    """What `evaluate` returned, against the labels y -> its means: accuracy, loss in nats, and MACs
+    as a share of the dense ones."""
+    return dict(accuracy=float((result["prediction"] == y).mean()),
+                loss=float(result["loss"].mean()),
+                budget=float(result["macs"].mean() / model.dense_macs))
 
 
 def calibrate(model, split, budget=None, points=11, gap=0.08):
@@ -611,17 +618,12 @@ def save_log(path, cfg, data, model, budget, threshold, result, sweep, **extra):
     budget: what was asked for, or None. result: what `evaluate` returned at `threshold`. sweep:
     {threshold: the same}, from the cheapest model to the full one. Returns the meta data."""
     y = data.test[1].cpu().numpy()
-
-    def quality(r):
-        return dict(accuracy=float((r["prediction"] == y).mean()), loss=float(r["loss"].mean()),
-                    budget=float(r["macs"].mean() / model.dense_macs))
-
     meta = dict(
         schema=1, method=Path(__file__).stem, dataset=cfg.dataset, size=cfg.size, seed=cfg.seed,
         config=asdict(cfg), test_sha256=data.sha256, dense_macs=model.dense_macs,
         parameters=sum(p.numel() for p in model.parameters()), threshold=threshold,
-        budget_wanted=budget, at_budget=quality(result),
-        full=quality(list(sweep.values())[-1]), **extra,
+        budget_wanted=budget, at_budget=quality(model, y, result),
+        full=quality(model, y, list(sweep.values())[-1]), **extra,
         torch=torch.__version__, device=torch.cuda.get_device_name() if cfg.device != "cpu" else
         f"CPU, {torch.get_num_threads()} threads", date=time.strftime("%Y-%m-%d"),
         script_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest())

@@ -40,9 +40,9 @@ Time: of `skipping`, batches of 1 and of 256, over that of the static twin.
   cifar10                0, 1, 2  75.95  75.61  -       75.89, 0.70   -        1.61, 0.88
   cifar10 --phases 0123  0        76.35  73.29  -       73.74, 0.70   -        1.58, 0.86
   shakespeare            0, 1, 2  1.745  1.776  1.957   1.772, 0.71   1.776    1.42, 0.86
-`--phases 0123` reaches 73.74 % on CIFAR-10 (seed 0), where the default reaches 76.35 %. As many
-learners, the same for every token, reach 75.33 % (1.859 nats); a random number of them, as often,
-75.22 % (1.768 nats); means over the same seeds.
+As many learners as the default, the same for every token, reach 75.33 % (1.859 nats); a random
+number of them, as often, 75.22 % and, on text, 1.768 nats: there the gates are no better than that.
+Means over the same seeds.
 
 Paper: Wójcik et al. 2023, Adaptive Computation Modules. Deviations: (1) learners are slices of the
 MLP itself, so that all of them are the static network; (2) the output bias is always added, and
@@ -50,7 +50,8 @@ is what zero learners give; (3) the budget counts all MACs, the gates' own inclu
 decided by a threshold on the odds of P(count >= n), which moves the compute after training; the
 paper takes the most probable count; (5) errors are in units of each layer's variance; (6) an eighth
 of every batch runs all learners; (7) phases 0 to 2 are left out by default; (8) no diversity term
-on text, where windows need not differ (dropped after one seed's test loss had been seen to suffer).
+on text, where windows need not differ (dropped after one seed's test loss had been seen to suffer);
+(9) the budget term is ten times the square of the excess, not a tenth of its absolute value.
 """
 import argparse
 import copy
@@ -185,7 +186,7 @@ class Gate(nn.Module):
 class Model(nn.Module):
     """The twin with a gate in every block. `threshold`: learner n runs where the log-odds of
     P(count >= n) are above it; 0 is the rule P > 1/2."""
-    cheapest, full = 100.0, -100.0      # log-odds stay between: not one learner runs; all do
+    cheapest, full = 100.0, -100.0      # log-odds stay well between: no learner runs; all do
 
     def __init__(self, cfg):
         super().__init__()
@@ -193,7 +194,7 @@ class Model(nn.Module):
         self.dense_macs = self.twin.dense_macs
         self.gates = nn.ModuleList(Gate(cfg.width, cfg.learners) for _ in self.twin.blocks)
         self.learner_macs = self.twin.blocks[0].mlp_macs // cfg.learners        # of one token
-        self.most = cfg.depth * cfg.learners                                    # learners of one
+        self.most = cfg.depth * cfg.learners                                # learners of a token
         self.floor = self.cost(torch.zeros(1, cfg.tokens, dtype=torch.long))[0].item()
 
     def run(self, x, choose):
@@ -227,7 +228,7 @@ class Model(nn.Module):
         frequency = -torch.cat([rates.new_ones(1), rates, rates.new_zeros(1)]).diff()   # (N + 1,)
         entropy = -(frequency * (frequency + 1e-6).log()).sum() / math.log(len(frequency))
         difference = (share[:, None] - share).abs().mean()
-        diversity = 0.0 if self.twin.text else 0.1      # windows of a text are all alike
+        diversity = 0.0 if self.twin.text else 0.1      # windows of a text need not differ
         return (10 * (self.spent(runs) - self.budget).square()
                 - 0.05 * entropy - diversity * difference)
 
@@ -620,6 +621,10 @@ def resolve(cfg):
             raise UserError(f"--{name} {getattr(cfg, name)} is a file; a folder is expected")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA here; leave it out to use the CPU")
+    for name in ("epochs", "steps", "batch", "lr", "seed"):
+        if not 0 <= getattr(cfg, name) < 2 ** 31:
+            raise UserError(f"--{name} {getattr(cfg, name)} must not be negative, and less than "
+                            "2 ** 31 (0 takes the default)")
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cfg.size = cfg.size or ("small" if cfg.device == "cpu" else "base")
     cfg.text = cfg.dataset in ("shakespeare", "pydoc")
@@ -627,11 +632,6 @@ def resolve(cfg):
     cfg.width, cfg.depth, cfg.heads, cfg.tokens, batch, lr, cfg.dropout = SIZES[cfg.text, cfg.size]
     cfg.batch, cfg.lr = cfg.batch or batch, cfg.lr or lr
     cfg.epochs = cfg.epochs or EPOCHS[cfg.dataset][cfg.size]
-    if min(cfg.batch, cfg.lr, cfg.epochs) <= 0 or min(cfg.steps, cfg.seed) < 0:
-        raise UserError("--batch, --lr, --epochs, --steps and --seed must not be negative (0 takes "
-                        "the default)")
-    if not max(cfg.lr, cfg.epochs, cfg.seed, cfg.steps) < 2 ** 31:
-        raise UserError("--lr, --epochs, --steps and --seed must be finite, and less than 2 ** 31")
 
 
 def cross_entropy(logits, y):
@@ -695,6 +695,14 @@ def evaluate(run, split, threshold):
         batches.append((cross_entropy(logits, y), logits.argmax(-1), macs, token_macs.int()))
     names = ("loss", "prediction", "macs", "token_macs")
     return {name: torch.cat(part).cpu().numpy() for name, part in zip(names, zip(*batches))}
+
+
+def quality(model, y, result):
+    """What `evaluate` returned, against the labels y -> its means: accuracy, loss in nats, and MACs
+    as a share of the dense ones."""
+    return dict(accuracy=float((result["prediction"] == y).mean()),
+                loss=float(result["loss"].mean()),
+                budget=float(result["macs"].mean() / model.dense_macs))
 
 
 def calibrate(model, split, budget=None, points=11, gap=0.08):
@@ -774,17 +782,12 @@ def save_log(path, cfg, data, model, budget, threshold, result, sweep, **extra):
     budget: what was asked for, or None. result: what `evaluate` returned at `threshold`. sweep:
     {threshold: the same}, from the cheapest model to the full one. Returns the meta data."""
     y = data.test[1].cpu().numpy()
-
-    def quality(r):
-        return dict(accuracy=float((r["prediction"] == y).mean()), loss=float(r["loss"].mean()),
-                    budget=float(r["macs"].mean() / model.dense_macs))
-
     meta = dict(
         schema=1, method=Path(__file__).stem, dataset=cfg.dataset, size=cfg.size, seed=cfg.seed,
         config=asdict(cfg), test_sha256=data.sha256, dense_macs=model.dense_macs,
         parameters=sum(p.numel() for p in model.parameters()), threshold=threshold,
-        budget_wanted=budget, at_budget=quality(result),
-        full=quality(list(sweep.values())[-1]), **extra,
+        budget_wanted=budget, at_budget=quality(model, y, result),
+        full=quality(model, y, list(sweep.values())[-1]), **extra,
         torch=torch.__version__, device=torch.cuda.get_device_name() if cfg.device != "cpu" else
         f"CPU, {torch.get_num_threads()} threads", date=time.strftime("%Y-%m-%d"),
         script_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
@@ -873,21 +876,13 @@ def draw_tokens(axis, x, values, most, title):
 
 
 # === shared: quality against compute ===
-def points(cfg, model, y, results):
-    """Results of `evaluate` -> their mean MACs as shares of the dense ones, and their mean losses
-    (text) or accuracies."""
-    return tuple(zip(*[(r["macs"].mean() / model.dense_macs,
-                        (r["loss"] if cfg.text else r["prediction"] == y).mean())
-                       for r in results]))
-
-
 def draw_curves(axis, cfg, curves):
-    """curves {label: points}, the first a sweep that ends with the full model. The star is the
-    static twin of the same seed, if its log is there; what is far worse is cut off."""
-    for (label, (macs, quality)), marker in zip(curves.items(), ("o-", "s--", "^:")):
-        axis.plot(macs, quality, marker, label=label)
+    """curves {label: list of `quality`}, the first a sweep that ends with the full model. The star
+    is the static twin of the same seed, if its log is there; what is far worse is cut off."""
+    name = "loss" if cfg.text else "accuracy"
+    for (label, found), marker in zip(curves.items(), ("o-", "s--", "^:")):
+        axis.plot([q["budget"] for q in found], [q[name] for q in found], marker, label=label)
     log = Path(cfg.out, "logs", f"{cfg.dataset}-{cfg.size}", f"relu_sparsity-s{cfg.seed}.npz")
-    name, full = "loss" if cfg.text else "accuracy", next(iter(curves.values()))[1][-1]
     try:
         twin = json.loads(str(np.load(log)["meta"]))
         alike = [twin["config"][key] == getattr(cfg, key)
@@ -896,12 +891,28 @@ def draw_curves(axis, cfg, curves):
             axis.plot(1, twin["full"][name], "k*", label="static twin")
     except Exception:       # no log there, or a broken one: no star
         pass
+    full = next(iter(curves.values()))[-1][name]
     shown = np.concatenate([line.get_ydata() for line in axis.lines])
     shown = shown.clip(max=1.25 * full) if cfg.text else shown.clip(min=0.9 * full)
     margin = 0.05 * np.ptp(shown) + 0.001
     axis.set_ylim(shown.min() - margin, shown.max() + margin)
     axis.set(xlabel="MACs / dense MACs", ylabel=name, title="Quality against compute")
     axis.legend()
+
+
+def draw_extremes(figure, cfg, data, order, amount, values=None, label=""):
+    """The first and the last test examples of `order` (N,), of images one per class, with their
+    amount (N,) above and the values (N, T) of their tokens, if any, laid over them."""
+    y, most = data.test[1].cpu().numpy(), None if values is None else values.max()
+    for row, ranked in zip(figure.subplots(2, 3 if cfg.text else 10), (order, order[::-1])):
+        for column, axis in enumerate(row):
+            i = ranked[column] if cfg.text else ranked[y[ranked] == column][0]
+            name = "" if cfg.text else NAMES[cfg.dataset][column]
+            overlay = draw_tokens(axis, data.test[0][i].cpu().numpy(),
+                                  None if values is None else values[i], most,
+                                  f"{name} {amount[i]:.2f}")
+    if values is not None:
+        figure.colorbar(overlay, ax=figure.axes, label=label)
 # === end shared ===
 
 
@@ -931,24 +942,15 @@ def controls(model, split, threshold, count, seed):
     some), and at random with the gates' own frequencies in each layer. count: (examples, T, L)."""
     n = np.arange(1, model.learners + 1)
     even = np.tile(np.clip(count.mean() + 1 - n, 0, 1), (count.shape[2], 1))            # (L, N)
-    chance = np.stack([(count == k).mean((0, 1)) for k in range(1, model.learners + 1)], -1)
-    chance = chance[:, ::-1].cumsum(1)[:, ::-1].copy()
+    chance = np.stack([(count >= k).mean((0, 1)) for k in n], -1)
     return [evaluate(by_chance(model, rates, seed), split, threshold) for rates in (even, chance)]
 
 
 @torch.no_grad()
-def error_table(model, teacher, split, count=None):
-    """Mean prefix errors over a split: by layer (L, N + 1); with count (examples, T, L) also by the
-    number of learners that a token gets, (N + 1, N + 1), over all layers."""
-    errors = torch.cat([prefix_errors(model, teacher, network_input(x))[0]
-                        for x in split[0].split(100)], 2).cpu().numpy()         # (L, N + 1, ..., T)
-    by_layer = errors.mean((2, 3))
-    if count is None:
-        return by_layer
-    errors = errors.transpose(1, 2, 3, 0)                                       # (N + 1, ..., T, L)
-    return by_layer, np.stack([
-        errors[:, count == k].mean(1) if (count == k).any() else np.full(len(errors), np.nan)
-        for k in range(model.learners + 1)])
+def all_errors(model, teacher, split):
+    """Prefix errors over a split: (L, N + 1, examples, T)."""
+    return torch.cat([prefix_errors(model, teacher, network_input(x))[0]
+                      for x in split[0].split(100)], 2).cpu().numpy()
 
 
 def draw(path, cfg, data, model, result, count, sweep, control, learned):
@@ -958,23 +960,22 @@ def draw(path, cfg, data, model, result, count, sweep, control, learned):
     (curve, by_layer, by_count), (layers, tokens, examples) = top.subplots(2, 3)
     numbers = range(cfg.learners + 1)
     draw_curves(curve, cfg, {
-        "by the gates": points(cfg, model, y, sweep.values()),
-        "at random, as many in each layer": points(cfg, model, y, control["random"]),
-        "the same for all": points(cfg, model, y, control["even"])})
-    for axis, table, name in ((by_layer, learned["error"], "layer"),
+        "by the gates": [quality(model, y, r) for r in sweep.values()],
+        "at random, as many in each layer": [quality(model, y, r) for r in control["random"]],
+        "the same for all": [quality(model, y, r) for r in control["even"]]})
+    for axis, table, name in ((by_layer, dict(enumerate(learned["error"], 1)), "layer"),
                               (by_count, learned["error_by_count"], "gets")):
-        for index, errors in enumerate(table):
-            axis.plot(numbers, errors, "o-", label=f"{name} {index + (name == 'layer')}")
+        for index, errors in table.items():
+            axis.plot(numbers, errors, "o-", label=f"{name} {index}")
         axis.set(xlabel="learners", ylabel="squared error / variance", xticks=numbers,
                  ylim=(0, None))
         axis.legend()
     by_layer.set_title(f"First k learners against {learned['error_against']}")
     by_count.set_title("Against all N, by what the token gets")
 
-    share = np.stack([(count == k).mean((0, 1)) for k in numbers])              # (N + 1, L)
-    left = np.vstack([np.zeros(cfg.depth), share.cumsum(0)[:-1]])
+    share = np.array(learned["histogram"])                                      # (N + 1, L)
     for k in numbers:
-        layers.barh(range(1, cfg.depth + 1), share[k], left=left[k], label=str(k))
+        layers.barh(range(1, cfg.depth + 1), share[k], left=share[:k].sum(0), label=str(k))
     layers.set(title="Learners by layer", xlabel="share of tokens", ylabel="layer",
                yticks=range(1, cfg.depth + 1))
     layers.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -988,14 +989,8 @@ def draw(path, cfg, data, model, result, count, sweep, control, learned):
                  ylabel="windows" if cfg.text else "images")
     examples.legend()
 
-    order, most = np.argsort(result["macs"], kind="stable"), count.sum(2).max()
-    for row, ranked in zip(bottom.subplots(2, 3 if cfg.text else 10), (order, order[::-1])):
-        for column, axis in enumerate(row):
-            i = ranked[column] if cfg.text else ranked[y[ranked] == column][0]
-            name = "" if cfg.text else NAMES[cfg.dataset][column]
-            overlay = draw_tokens(axis, data.test[0][i].cpu().numpy(), count[i].sum(1), most,
-                                  f"{name} {mean[i]:.2f}")
-    bottom.colorbar(overlay, ax=bottom.axes, label="learners of a token")
+    order = np.argsort(result["macs"], kind="stable")
+    draw_extremes(bottom, cfg, data, order, mean, count.sum(2), "learners of a token")
     bottom.suptitle("Learners per token and layer: who gets fewest, who most")
     figure.savefig(path, dpi=120)
 
@@ -1025,13 +1020,14 @@ def main(cfg):
             seconds[number] = train(model, data, part, objective, f"phase {number}: {name}")
 
     phase("0", "dense", train_dense)
+    # Without phase 0 the model is in training mode: batch norms see these images for a moment.
     sort_neurons(model.twin, network_input(data.calibration[0][:500]))
     errors = None
     if cfg.phases != "3":
         teacher = copy.deepcopy(model.twin).eval()
         phase("1", "distil", functools.partial(distil, teacher=teacher))
         phase("2", "gates", functools.partial(fit_gates, teacher=teacher))
-        errors = error_table(model, teacher, data.calibration)
+        errors = all_errors(model, teacher, data.calibration)
     phase("3", "by the task", objective)
 
     threshold, thresholds = calibrate(model, data.calibration, cfg.budget)
@@ -1043,18 +1039,18 @@ def main(cfg):
         for name, r in zip(control, controls(model, data.test, t, seen, cfg.seed)):
             control[name].append(r)
     y, count = data.test[1].cpu().numpy(), counts(model, data.test, threshold)  # (examples, T, L)
-    own, by_count = error_table(model, model.twin, data.test, count)
+    own = all_errors(model, model.twin, data.test)
+    by_token = own.transpose(1, 2, 3, 0)                                # (N + 1, examples, T, L)
     learned = dict(
         seconds=seconds, mean_count=count.mean((0, 1)).tolist(),
         histogram=[(count == k).mean((0, 1)).tolist() for k in range(cfg.learners + 1)],
-        error=(own if errors is None else errors).tolist(), error_after=own.tolist(),
+        error=(own if errors is None else errors).mean((2, 3)).tolist(),        # by layer
+        error_after=own.mean((2, 3)).tolist(),
         error_against="all N" if errors is None else "the dense MLP",
-        error_by_count=by_count.tolist())
+        error_by_count={int(k): by_token[:, count == k].mean(1).tolist()
+                        for k in np.unique(count)})
     for name in control:
-        at_budget = control[name][-1]
-        learned[name] = dict(accuracy=float((at_budget["prediction"] == y).mean()),
-                             loss=float(at_budget["loss"].mean()),
-                             budget=float(at_budget["macs"].mean() / model.dense_macs))
+        learned[name] = quality(model, y, control[name][-1])        # at the chosen threshold
         control[name].sort(key=lambda r: r["macs"].mean())
     times = wall_clock(model, data.test[0], threshold, cfg)
     meta = save_log(log, cfg, data, model, cfg.budget, threshold, result, sweep,

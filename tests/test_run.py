@@ -99,7 +99,7 @@ def test_the_star_is_the_static_twin_of_this_run(name, tmp_path):
 
     def stars():
         axis = Figure().subplots()
-        script.draw_curves(axis, cfg, {"all": ((0.5, 1.0), (0.7, 0.8))})
+        script.draw_curves(axis, cfg, {"all": [dict(budget=0.5, accuracy=0.7), dict(budget=1.0, accuracy=0.8)]})
         return [line.get_ydata().tolist() for line in axis.lines[1:]]
 
     assert stars() == []
@@ -159,7 +159,8 @@ ERRORS = [
     (["--nonsense"], "unrecognized arguments"),
     (["--steps", "many"], "invalid int value"),
     (["--lr", "-1"], "must not be negative"),
-    (["--epochs", "inf"], "must be finite"),
+    (["--epochs", "inf"], "less than 2 ** 31"),
+    (["--epochs", "nan"], "--epochs nan must"),
     (["--seed", "99999999999999999999"], "less than 2 ** 31"),
     (["--dataset", "pydoc", "--batch", "99999"], "more than the"),
     (["--device", "cuda"], "no CUDA"),
