@@ -129,8 +129,13 @@ def kept(folder):
     groups = {name: groups[name] for name in METHODS if name in groups}
     for path in sorted(folder.glob("*.json")):
         variant = json.loads(path.read_text())
-        name = f"{variant['meta']['method']} {variant['variant']}"
-        groups.setdefault(name, []).append((variant["meta"], variant["curve"]))
+        meta, method = variant["meta"], variant["meta"]["method"]
+        groups.setdefault(f"{method} {variant['variant']}", []).append((meta, variant["curve"]))
+        for name, found in meta.get("controls", {}).items():       # dense networks trained beside it
+            alone = {key: meta[key] for key in ("dataset", "device", "torch", "dense_macs", "seed")}
+            point = [[found["budget"]], [np.nan]]
+            groups.setdefault(f"{method} control: dense, {name}", []).append(
+                (dict(alone, full=found, at_budget=found), point))
     return groups
 
 
