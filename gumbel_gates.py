@@ -37,12 +37,12 @@ threshold is moved until the budget is met on the calibration split.
 Measured with --size small, on two cores of an AMD EPYC with bf16; CIFAR-10 (a JPEG copy) in %, text
 in nats, means over seeds. Logged: at the calibrated threshold; beside it what the sweep reaches.
 Time: of `skipping`, batches of 1 and of 256, over that of the static twin.
-                                      seeds    twin   full   at 0.6  logged, MACs  at 0.85  time
-  cifar10                             0, 1, 2  75.95  74.65  74.45   74.66, 0.70   74.74    1.43, 0.81
-  cifar10 --grain head                0        76.35  75.08  74.79   75.05, 0.70   75.11    2.49, 1.00
-  cifar10 --grain token               0        76.35  75.56  74.64   75.38, 0.70   75.54    1.73, 1.11
-  shakespeare                         0, 1, 2  1.745  1.803  1.862   1.801, 0.70   1.803    1.44, 0.92
-  shakespeare --estimator sigmoid_st  0        1.748  1.780  2.567   1.810, 0.70   1.778    1.68, 0.81
+                                     seeds   twin  full  at 0.6 logged, MACs at 0.85 time
+  cifar10                            0, 1, 2 75.95 74.65 74.45  74.66, 0.70  74.74   1.43, 0.81
+  cifar10 --grain head               0       76.35 75.08 74.79  75.05, 0.70  75.11   2.49, 1.00
+  cifar10 --grain token              0       76.35 75.56 74.64  75.38, 0.70  75.54   1.73, 1.11
+  shakespeare                        0, 1, 2 1.745 1.803 1.862  1.801, 0.70  1.803   1.44, 0.92
+  shakespeare --estimator sigmoid_st 0       1.748 1.780 2.567  1.810, 0.70  1.778   1.68, 0.81
 Random gates, as often open, reach 74.33 % on CIFAR-10; on text 1.769 nats, which is LESS
 than the learned ones, at a lower accuracy (49.22 %, learned 49.97 %). Noise of the
 gates' gradient, in lengths of its mean, after training (CIFAR-10, mean over seeds): gumbel 0.97,

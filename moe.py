@@ -31,14 +31,14 @@ E * sum_e f_e P_e (f: share of all work done by e; P: mean of p) is 1 where the 
 Measured with --size small, on two cores of an AMD EPYC with bf16; CIFAR-10 (a JPEG copy) in %, text
 in nats, means over seeds. Logged: at the calibrated threshold; beside it what the sweep reaches.
 Time: of `skipping`, batches of 1 and of 256, over that of the static twin.
-                                            seeds    twin   full   at 0.6  logged, MACs  at 0.85  time
-  cifar10                                   0, 1, 2  75.95  75.73  76.11   76.81, 0.70   76.51    2.24, 1.06
-  cifar10 --balance 0                       0        76.35  75.54  75.57   76.46, 0.70   76.31    2.21, 1.02
-  cifar10 --controls                        0        76.35  75.30  75.82   76.44, 0.70   76.02    2.23, 1.04
-  cifar10 control: dense, equal MACs        0        76.35  76.84  -       76.84, 0.70   -        -
-  cifar10 control: dense, equal parameters  0        76.35  75.96  -       75.96, 1.52   -        -
-  cifar10 --routing top_k                   0        76.35  76.64  76.39   77.20, 0.70   77.06    2.37, 1.05
-  shakespeare                               0, 1, 2  1.745  1.739  1.748   1.742, 0.70   1.741    2.03, 0.89
+                                  seeds   twin  full  at 0.6 logged, MACs at 0.85 time
+  cifar10                         0, 1, 2 75.95 75.73 76.11  76.81, 0.70  76.51   2.24, 1.06
+  cifar10 --balance 0             0       76.35 75.54 75.57  76.46, 0.70  76.31   2.21, 1.02
+  cifar10 --controls              0       76.35 75.30 75.82  76.44, 0.70  76.02   2.23, 1.04
+  cifar10 dense, equal MACs       0       76.35 76.84 -      76.84, 0.70  -       -
+  cifar10 dense, equal parameters 0       76.35 75.96 -      75.96, 1.52  -       -
+  cifar10 --routing top_k         0       76.35 76.64 76.39  77.20, 0.70  77.06   2.37, 1.05
+  shakespeare                     0, 1, 2 1.745 1.739 1.748  1.742, 0.70  1.741   2.03, 0.89
 At 0.7 it is above the twin on CIFAR-10 with every seed, and level with it on text; in time it saves
 nothing on CIFAR-10, where the experts' products are small, and nothing for single examples. But see
 the controls: a dense network of equal active MACs is as good, and so are three experts for every

@@ -36,10 +36,10 @@ are above the threshold.
 Measured with --size small, on two cores of an AMD EPYC with bf16; CIFAR-10 (a JPEG copy) in %, text
 in nats, means over seeds. Logged: at the calibrated threshold; beside it what the sweep reaches.
 Time: of `skipping`, batches of 1 and of 256, over that of the static twin.
-                         seeds    twin   full   at 0.6  logged, MACs  at 0.85  time
-  cifar10                0, 1, 2  75.95  75.61  74.94   75.89, 0.70   75.68    1.65, 0.93
-  cifar10 --phases 0123  0        76.35  73.29  -       73.74, 0.70   -        1.58, 0.86
-  shakespeare            0, 1, 2  1.745  1.776  1.957   1.772, 0.71   1.776    1.42, 0.86
+                        seeds   twin  full  at 0.6 logged, MACs at 0.85 time
+  cifar10               0, 1, 2 75.95 75.61 74.94  75.89, 0.70  75.68   1.65, 0.93
+  cifar10 --phases 0123 0       76.35 73.29 -      73.74, 0.70  -       1.58, 0.86
+  shakespeare           0, 1, 2 1.745 1.776 1.957  1.772, 0.71  1.776   1.42, 0.86
 As many learners as the default, the same for every token, reach 75.33 % (1.859 nats); a random
 number of them, as often, 75.22 % and, on text, 1.768 nats: there the gates are no better than that.
 Means over the same seeds.

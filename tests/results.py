@@ -200,14 +200,14 @@ def measured(name):
             metas, curves = zip(*runs)
             time = [f"{np.mean(share):.2f}" for share in (times(metas, 1), times(metas, 256)) if share]
             rows.append([
-                " ".join([f"  {dataset}", *group.split()[1:]]), ", ".join(str(m["seed"]) for m in metas),
+                f"  {dataset}{group.removeprefix(name).replace(' control:', '')}", ", ".join(str(m["seed"]) for m in metas),
                 mean([twins.get(m["seed"], np.nan) for m in metas]), mean([m["full"][better] for m in metas]),
                 mean([quality_at(curve, 0.6) for curve in curves]),
                 f"{mean([m['at_budget'][better] for m in metas])}, "
                 f"{np.mean([m['at_budget']['budget'] for m in metas]):.2f}",
                 mean([quality_at(curve, 0.85) for curve in curves]), ", ".join(time) or "-"])
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "\n".join(" ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 if __name__ == "__main__":
