@@ -43,8 +43,8 @@ def test_every_option_in_the_readme_exists(capsys):
     options = set(re.findall(r"(?<=[ `])--([a-z-]+)", readme)) - {"help"}
     known = {field.name.replace("_", "-") for script in scripts.values()
              for field in script.fields(script.Config)}
-    source = (ROOT / "compare_rankings.py").read_text()
-    known |= set(re.findall(r'add\("--([a-z-]+)"', source))
+    for path in "compare_rankings.py", "tests/results.py", "tests/benchmark.py":
+        known |= set(re.findall(r'add(?:_argument)?\("--([a-z-]+)"', (ROOT / path).read_text()))
     assert options <= known, options - known
 
 
