@@ -32,11 +32,12 @@ et al. 2021, as CALM uses it).
 Measured with --size small, on two cores of an AMD EPYC with bf16; CIFAR-10 (a JPEG copy) in %, text
 in nats, means over seeds. Logged: at the calibrated threshold; beside it what the sweep reaches.
 Time: of `skipping`, batches of 1 and of 256, over that of the static twin.
-                             seeds   twin  full  at 0.6 logged, MACs at 0.85 time
-  cifar10                    0, 1, 2 75.95 74.78 74.72  74.78, 0.71  74.78   1.28, 0.71
-  cifar10 --criterion margin 0       76.35 74.84 74.84  74.84, 0.71  74.84   1.33, 0.72
-  cifar10 --loss branching   0       76.35 74.13 73.20  74.08, 0.70  74.50   1.15, 0.70
-  shakespeare                0, 1, 2 1.745 1.772 1.842  1.809, 0.70  1.774   1.40, 0.86
+                              seeds   twin  full  at 0.6 logged, MACs at 0.85 time
+  cifar10                     0, 1, 2 75.95 74.78 74.72  74.78, 0.71  74.78   1.28, 0.71
+  cifar10 --criterion entropy 0       76.35 74.84 74.59  74.84, 0.71  74.84   1.31, 0.73
+  cifar10 --criterion margin  0       76.35 74.84 74.84  74.84, 0.71  74.84   1.33, 0.72
+  cifar10 --loss branching    0       76.35 74.13 73.20  74.08, 0.70  74.50   1.15, 0.70
+  shakespeare                 0, 1, 2 1.745 1.772 1.842  1.809, 0.70  1.774   1.40, 0.86
 On text, leaving character by character is WORSE than all leaving at the second head: the least
 certain characters have little to gain from going on, and get all the compute (see the picture).
 On images, full and early alike stay below the twin, which has no early heads to serve. Weighting
