@@ -37,6 +37,7 @@ Time: of `skipping`, batches of 1 and of 256, over that of the static twin.
   cifar10 --criterion entropy 0       76.35 74.84 74.59  74.84, 0.71  74.84   1.31, 0.73
   cifar10 --criterion margin  0       76.35 74.84 74.84  74.84, 0.71  74.84   1.33, 0.72
   cifar10 --loss branching    0       76.35 74.13 73.20  74.08, 0.70  74.50   1.15, 0.70
+  cifar10 --risk 0.03         0       76.35 74.84 74.84  74.50, 0.48  74.84   0.67, 0.47
   shakespeare                 0, 1, 2 1.745 1.772 1.842  1.809, 0.70  1.774   1.40, 0.86
 On text, leaving character by character is WORSE than all leaving at the second head: the least
 certain characters have little to gain from going on, and get all the compute (see the picture).
