@@ -390,8 +390,8 @@ def load_data(cfg):
             splits.append((part[:end].view(-1, cfg.tokens), part[1:end + 1].view(-1, cfg.tokens)))
     else:
         if cfg.dataset == "shapes":
-            x, y, difficulty = draw_shapes(26000, seed=0)
-            ends, difficulty = [20000, 22000], difficulty[22000:]
+            x, y, difficulty = draw_shapes(25000, seed=0)
+            ends, difficulty = [20000, 21000], difficulty[21000:]
         else:
             records = read_cifar10(cfg.data)
             x, y, ends = records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0], [45000, 50000]
@@ -438,7 +438,7 @@ SIZES = {  # (text, size): width, depth, heads, tokens, batch, learning rate, dr
     (True, "small"): (128, 4, 4, 64, 64, 3e-3, 0.0),
     (False, "base"): (192, 8, 6, 64, 256, 1e-3, 0.1),
     (True, "base"): (384, 6, 6, 256, 64, 1e-3, 0.2)}
-EPOCHS = dict(cifar10=dict(tiny=1, small=11, base=100), shapes=dict(tiny=2, small=2, base=20),
+EPOCHS = dict(cifar10=dict(tiny=1, small=11, base=100), shapes=dict(tiny=2, small=1.5, base=20),
               shakespeare=dict(tiny=1, small=9, base=80), pydoc=dict(tiny=2, small=6, base=40))
 
 

@@ -9,10 +9,12 @@ Models are untrained; their threshold spends about the middle of what it can on 
 of runs by turns in one process (memory: a process for each); machines are noisy, so read the ratios.
 """
 import argparse
+import itertools
 import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,39 +97,41 @@ def training(size):
 
 def experts(size, repeats=20):
     """`dispatch` and its router, forward and backward in float32, against the dense MLP of as many MACs
-    and that of as many parameters, at the default options and the load of the default budget."""
-    print_row("data", "tokens", "layer", "forward ms", "forward and backward ms",
+    and that of as many parameters, at the load of the default budget: the default experts, and half as
+    many of twice the size."""
+    print_row("data", "experts", "tokens", "layer", "forward ms", "forward and backward ms",
               "of the dense of equal MACs")
-    print_row(*["---"] * 6)
-    for dataset in DATASETS:
-        model = moe.Model(moe.Config(dataset=dataset, size=size, device="cpu"))
+    print_row(*["---"] * 7)
+    for dataset, halves, tokens in itertools.product(DATASETS, (1, 2), (4096, 16384)):
+        cfg = moe.Config(dataset=dataset, size=size, device="cpu")
+        cfg = replace(cfg, experts=cfg.experts // halves, hidden=cfg.hidden * halves)
+        model = moe.Model(cfg)
         block, router, (C, E, h) = model.twin.blocks[0], model.routers[0], (
             model.twin.width, model.experts, model.hidden)
+        x = torch.randn(tokens, C, requires_grad=True)
+        needed = moe.need(router(x).softmax(-1).detach(), "top_p")
+        chosen = needed < moe.threshold_for(needed, model.k)
+
+        def routed(x):
+            p = router(x).softmax(-1)
+            moe.need(p.detach(), "top_p")
+            return moe.dispatch(x, p * chosen, block.up, block.down)
+
         same_macs = round(model.k * h + E / 2)              # its router counts, too
-        for tokens in (4096, 16384):
-            x = torch.randn(tokens, C, requires_grad=True)
-            needed = moe.need(router(x).softmax(-1).detach(), "top_p")
-            chosen = needed < moe.threshold_for(needed, model.k)
-
-            def routed(x):
-                p = router(x).softmax(-1)
-                moe.need(p.detach(), "top_p")
-                return moe.dispatch(x, p * chosen, block.up, block.down)
-
-            runs = {f"dense, {name}": nn.Sequential(nn.Linear(C, n), nn.ReLU(), nn.Linear(n, C))
-                    for name, n in (("equal MACs", same_macs), ("equal parameters", E * h))}
-            runs["experts"], seconds = routed, {}
-            for i in range(3 + repeats):
-                for name, run in runs.items():
-                    start = time.perf_counter()
-                    y = run(x)
-                    middle = time.perf_counter()
-                    y.square().sum().backward()
-                    seconds.setdefault(name, []).append((middle - start, time.perf_counter() - start))
-            medians = {name: 1000 * np.median(s[3:], 0) for name, s in seconds.items()}
-            for name, (forward, both) in medians.items():
-                print_row(dataset, f"{tokens:,}", name, f"{forward:.2f}", f"{both:.2f}",
-                          f"{both / medians['dense, equal MACs'][1]:.2f}")
+        runs = {f"dense, {name}": nn.Sequential(nn.Linear(C, n), nn.ReLU(), nn.Linear(n, C))
+                for name, n in (("equal MACs", same_macs), ("equal parameters", E * h))}
+        runs["experts"], seconds = routed, {}
+        for i in range(3 + repeats):
+            for name, run in runs.items():
+                start = time.perf_counter()
+                y = run(x)
+                middle = time.perf_counter()
+                y.square().sum().backward()
+                seconds.setdefault(name, []).append((middle - start, time.perf_counter() - start))
+        medians = {name: 1000 * np.median(s[3:], 0) for name, s in seconds.items()}
+        for name, (forward, both) in medians.items():
+            print_row(dataset, f"{E} of {h}", f"{tokens:,}", name, f"{forward:.2f}", f"{both:.2f}",
+                      f"{both / medians['dense, equal MACs'][1]:.2f}")
 
 
 @torch.no_grad()

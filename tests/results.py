@@ -184,7 +184,8 @@ def summary():
 
 
 def measured(name):
-    """Plain text, for the docstring of a script: its runs and those of its variants, in % or nats."""
+    """Plain text, for the docstring of a script: its runs with the defaults and its controls, in % or
+    nats. Its variants are in the README."""
     rows = [["", "seeds", "twin", "full", "at 0.6", "logged, MACs", "at 0.85", "time"]]
     for dataset, better, factor, digits in ("cifar10", "accuracy", 100, 2), ("shakespeare", "loss", 1, 3):
         groups = kept(KEPT / f"{dataset}-small")
@@ -195,7 +196,7 @@ def measured(name):
             return "-" if np.isnan(value) else f"{value:.{digits}f}"
 
         for group, runs in groups.items():
-            if group.split()[0] != name:
+            if group.split(" control")[0] != name:
                 continue
             metas, curves = zip(*runs)
             time = [f"{np.mean(share):.2f}" for share in (times(metas, 1), times(metas, 256)) if share]

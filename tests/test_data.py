@@ -148,7 +148,7 @@ def shapes():
 
 
 def test_shapes_are_balanced_and_repeatable(shapes):
-    assert [len(split[0]) for split in shapes[:3]] == [20000, 2000, 4000]
+    assert [len(split[0]) for split in shapes[:3]] == [20000, 1000, 4000]
     assert shapes.train[0].dtype == torch.uint8 and shapes.train[0].shape[1:] == (3, 32, 32)
     counts = torch.bincount(shapes.train[1])
     assert len(counts) == 10 and counts.min() > 1800

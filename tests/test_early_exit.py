@@ -115,7 +115,7 @@ def test_all_heads_train():
     data = None
     for loss in ("sum", "branching"):
         torch.manual_seed(0)
-        cfg = script.Config(dataset="shapes", size="tiny", device="cpu", steps=300, batch=128,
+        cfg = script.Config(dataset="shapes", size="tiny", device="cpu", steps=300, batch=32,
                             loss=loss)
         data, model = data or script.load_data(cfg), script.Model(cfg)
         script.train(model, data, cfg, script.objective)
