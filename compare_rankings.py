@@ -725,7 +725,8 @@ def draw_agreement(table, found):
         if j < i and np.isfinite(rho):
             text += f"\nof {number(found['ceiling'][i, j])}"
         axis.text(j, i, text, ha="center", va="center", fontsize=9,
-                  weight="bold" if i == j else "normal")
+                  weight="bold" if i == j else "normal",
+                  color="white" if abs(rho) > 0.8 else "black")
     if table.methods < A:
         axis.axhline(table.methods - 0.5, color="black")
         axis.axvline(table.methods - 0.5, color="black")
@@ -789,7 +790,8 @@ def draw_deciles(logs, panels):
             band(axis, place, means[method], shade, method)
         axis.set(title=name, xlabel="decile, easy to hard", xticks=place, xlim=(0.5, 10.5))
     axes[0, 0].set_ylabel("mean MACs, share of the dense twin's")
-    axes[0, 0].legend(fontsize=8, title="bands: lowest to highest seed", title_fontsize=8)
+    axes[0, 0].legend(fontsize=8, title_fontsize=8, title="bands: lowest to highest seed;\n"
+                      "no line: fewer than 10 in a decile")
     return figure
 
 
@@ -848,6 +850,8 @@ def draw_one_class(logs, images, members, count=5):
             show(axis, images[members[i]], f"{cost[i]:.3f}")
         row[0].text(-0.15, 0.5, method, transform=row[0].transAxes, rotation=90, fontsize=9,
                     ha="center", va="center")
+    for middle, heading in (axes[0, count // 2], "least"), (axes[0, -1 - count // 2], "most"):
+        middle.set_title(f"{heading}\n{middle.get_title()}", fontsize=9)
     return figure
 
 
@@ -865,7 +869,7 @@ def draw_passages(characters, share, token_share, names):
         axis.set_yticks(range(len(names)), names)
         axis.set_xticks([])
         axis.set_title(f"window {i}: {name}", fontsize=10)
-    figure.colorbar(image, ax=axes, label="percentile of cost")
+    figure.colorbar(image, ax=axes, label="percentile of cost, among all characters")
     return figure
 
 

@@ -917,7 +917,8 @@ def draw_curves(axis, cfg, curves):
     shown = shown.clip(max=1.25 * full) if cfg.text else shown.clip(min=0.9 * full)
     margin = 0.05 * np.ptp(shown) + 0.001
     axis.set_ylim(shown.min() - margin, shown.max() + margin)
-    axis.set(xlabel="MACs / dense MACs", ylabel=name, title="Quality against compute")
+    axis.set(xlabel="MACs / dense MACs", ylabel="loss, nats" if cfg.text else name,
+             title="Quality against compute")
     axis.legend()
 
 

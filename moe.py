@@ -68,6 +68,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
@@ -811,7 +812,8 @@ def draw_curves(axis, cfg, curves):
     shown = shown.clip(max=1.25 * full) if cfg.text else shown.clip(min=0.9 * full)
     margin = 0.05 * np.ptp(shown) + 0.001
     axis.set_ylim(shown.min() - margin, shown.max() + margin)
-    axis.set(xlabel="MACs / dense MACs", ylabel=name, title="Quality against compute")
+    axis.set(xlabel="MACs / dense MACs", ylabel="loss, nats" if cfg.text else name,
+             title="Quality against compute")
     axis.legend()
 
 
@@ -905,8 +907,8 @@ def draw(path, cfg, data, model, result, chosen, sweep, controls):
     smooth = loads[:len(loads) // window * window].reshape(-1, window, L, E).mean(1)
     for layer, axis in enumerate(np.atleast_1d(top.subplots(1, L, sharey=True))):
         axis.stackplot(window * np.arange(len(smooth)), smooth[:, layer].T,
-                       colors=[f"C{e % 10}" for e in range(E)])
-        axis.set(title=f"Layer {layer + 1}: load of each expert", xlabel="step", ylim=(0, 1))
+                       colors=colormaps["turbo"](np.linspace(0, 1, E)))
+        axis.set(title=f"Layer {layer + 1}: share of each expert", xlabel="step", ylim=(0, 1))
 
     use, curve = middle.subplots(1, 2, width_ratios=(3, 2))
     label = x if cfg.text else y

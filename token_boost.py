@@ -10,7 +10,7 @@ reads each token's input x and says how many of its learners to run, from none t
 layer. So the count of learners is a fine and ordered measure of the compute that a token needs.
 
 Training, `--phases`. Those named share the epochs that the static twin trains for. The default is
-3 alone, from random weights; 0123 is the known recipe, which distils a trained network first.
+3 alone, from random weights; 0123 is the paper's recipe, which distils a trained network first.
   0  dense      the twin, as ever. After it, or at the start if it is left out, neurons are sorted:
                 those that contribute most come first
   1  distil     learners learn to stand in for the trained MLPs, on the dense network's own inputs.
@@ -895,7 +895,8 @@ def draw_curves(axis, cfg, curves):
     shown = shown.clip(max=1.25 * full) if cfg.text else shown.clip(min=0.9 * full)
     margin = 0.05 * np.ptp(shown) + 0.001
     axis.set_ylim(shown.min() - margin, shown.max() + margin)
-    axis.set(xlabel="MACs / dense MACs", ylabel=name, title="Quality against compute")
+    axis.set(xlabel="MACs / dense MACs", ylabel="loss, nats" if cfg.text else name,
+             title="Quality against compute")
     axis.legend()
 
 
@@ -975,11 +976,12 @@ def draw(path, cfg, data, model, result, count, sweep, control, learned):
     share = np.array(learned["histogram"])                                      # (N + 1, L)
     for k in numbers:
         layers.barh(range(1, cfg.depth + 1), share[k], left=share[:k].sum(0), label=str(k))
-    layers.set(title="Learners by layer", xlabel="share of tokens", ylabel="layer",
+    layers.set(title="Learners by layer", xlabel="share of tokens", ylabel="layer", xlim=(0, 1),
                yticks=range(1, cfg.depth + 1))
     layers.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     tokens.hist(count.sum(2).flatten(), np.arange(-0.5, model.most + 1))
-    tokens.set(title="Learners of a token, all layers", xlabel="learners", ylabel="tokens")
+    tokens.set(title="Learners of a token, all layers", xlabel="learners", ylabel="tokens",
+               xticks=range(0, model.most + 1, max(1, model.most // 8)))
     mean = count.mean((1, 2))
     right = (result["prediction"] == y).reshape(len(y), -1).mean(1) > 0.5
     examples.hist([mean[right], mean[~right]], 40, stacked=True,

@@ -305,12 +305,12 @@ def test_training_meets_the_budget():
     torch.manual_seed(0)
     data, model = script.load_data(cfg), script.Model(cfg)
     script.train(model, data, cfg, script.objective)
-    few = [part[:1000] for part in data.calibration]
-    threshold, _ = script.calibrate(model, few, 0.75, points=2)
-    result = script.evaluate(model.skipping, data.test, threshold)
+    threshold, _ = script.calibrate(model, data.calibration, 0.75, points=2)
+    x, y = (part[:1000] for part in data.test)
+    result = script.evaluate(model.skipping, (x, y), threshold)
     assert result["macs"].mean() / model.dense_macs == pytest.approx(0.75, abs=0.02)
     assert threshold == pytest.approx(model.train_threshold.item(), abs=0.05)
-    assert np.ptp(result["macs"]) > 0 and (result["prediction"] == data.test[1].numpy()).mean() > 0.15
+    assert np.ptp(result["macs"]) > 0 and (result["prediction"] == y.numpy()).mean() > 0.15
 
 
 def test_options_that_cannot_be(run, tmp_path):
@@ -322,8 +322,9 @@ def test_options_that_cannot_be(run, tmp_path):
         assert status == 2 and message in errors.splitlines()[-1]
 
 
-def test_controls_cost_and_hold_what_they_should(run, tmp_path):
+def test_controls_cost_and_hold_what_they_should(run, shorten, tmp_path):
     """Dense networks of equal active MACs and of equal parameters, in log and picture."""
+    shorten(script, 200)
     status, printed, errors = run("moe", "--dataset", "pydoc", "--size", "tiny", "--steps", "5",
                                   "--controls", "--device", "cpu", cwd=tmp_path)
     assert status == 0, errors[-2000:]

@@ -286,7 +286,7 @@ def test_a_trained_model_boosts_and_meets_its_budget(small_data, run, tmp_path, 
     monkeypatch.setattr(script, "wall_clock", lambda *args: {f"{k}_ms_batch_{b}": 1.0 for b in (1, 256)
                                                              for k in ("dense", "skipping")})
     status, printed, errors = run("token_boost", "--dataset", "shapes", "--size", "tiny", "--device", "cpu",
-                                  "--steps", "800", "--batch", "32", "--budget", "0.8", "--phases", "0123",
+                                  "--steps", "500", "--batch", "32", "--budget", "0.8", "--phases", "0123",
                                   cwd=tmp_path)
     assert status == 0, errors[-2000:]
     for name in ("phase 0: dense", "phase 1: distil", "phase 2: gates", "phase 3: by the task"):
