@@ -38,7 +38,7 @@ Time: of `skipping`, batches of 1 and of 256, over that of the static twin. Vari
   shakespeare                     0, 1, 2 1.745 1.739 1.748  1.742, 0.70  1.741   2.03, 0.89
 At 0.7 it is above the twin on CIFAR-10 with every seed, and level with it on text; in time it saves
 nothing on CIFAR-10, where the experts' products are small, and nothing for single examples. A dense
-network of equal active MACs gets half of that lead and is better with one of three seeds; one of
+network of equal active MACs gets a third of that lead, more with one of three seeds; one of
 equal parameters is worse. Three experts for every token (top_k) are no worse than top_p. No expert
 died; the entropy of the load is above 98 % of its maximum in every layer; with --balance 0 four of
 64 died, and the last layer's fell to 83 %, at no loss of accuracy.
