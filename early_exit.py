@@ -33,7 +33,7 @@ Measured with --size small, on two cores of an AMD EPYC with bf16; CIFAR-10 (a J
 in nats, means over seeds. Logged: at the calibrated threshold; beside it what the sweep reaches.
 Time: of `skipping`, batches of 1 and of 256, over that of the static twin. Variants: README.
               seeds   twin  full  at 0.6 logged, MACs at 0.85 time
-  cifar10     0, 1, 2 75.95 74.78 74.72  74.78, 0.71  74.78   1.28, 0.71
+  cifar10     0, 1, 2 75.95 74.67 74.63  74.67, 0.71  74.67   1.23, 0.70
   shakespeare 0, 1, 2 1.745 1.772 1.842  1.809, 0.70  1.774   1.40, 0.86
 On text, leaving character by character is WORSE than all leaving at the second head: the least
 certain characters have little to gain from going on, and get all the compute (see the picture).

@@ -1018,6 +1018,7 @@ def draw(path, cfg, data, model, result, gates, sweep, control):
                 label=["mostly right", "mostly wrong"] if cfg.text else ["right", "wrong"])
     spread.set(title=f"MACs of the examples, mean {spent.mean():.3f}", xlabel="MACs / dense MACs",
                ylabel="windows" if cfg.text else "images")
+    spread.locator_params(axis="x", nbins=6)
     spread.legend()
 
     order = np.argsort(result["macs"], kind="stable")
