@@ -16,6 +16,7 @@ from conftest import NAMES, ROOT, scripts
 PAIRS = [(name, dataset) for name in NAMES for dataset in ("shapes", "pydoc")]
 OPTIONS = ("--size", "tiny", "--device", "cpu")
 folders = {}
+load_all = scripts[NAMES[0]].load_data          # the same code in all; this one is never shortened
 
 
 @pytest.fixture(params=PAIRS, ids="-".join)
@@ -53,7 +54,7 @@ def test_the_log_follows_the_schema(finished):
     assert S >= 9 and np.array_equal(log["example"], np.arange(N))
 
     cfg = scripts[name].Config(dataset=dataset, size="tiny", device="cpu")
-    data = scripts[NAMES[0]].load_data(cfg)           # the same code in all, here never shortened
+    data = load_all(cfg)
     assert meta["test_sha256"] == data.sha256 == hashlib.sha256(
         data.test[0].numpy().tobytes() + data.test[1].numpy().tobytes()).hexdigest()
     assert np.array_equal(log["label"], data.test[1].numpy()[:N])
