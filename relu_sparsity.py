@@ -541,7 +541,7 @@ def quality(model, y, result):
                 budget=float(result["macs"].mean() / model.dense_macs))
 
 
-def calibrate(model, split, budget=None, points=11, gap=0.08):
+def calibrate(model, split, budget=None, points=9, gap=0.08):
     """Thresholds chosen on the calibration split -> the one that spends `budget` (a fraction of the
     dense MACs), and a sweep of `points` from the cheapest model to the full one, as evenly spread
     in MACs as they come. Raises UserError if the budget is out of reach."""

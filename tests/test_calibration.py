@@ -32,8 +32,8 @@ def test_the_budget_is_met_wherever_the_confidences_lie(center, width, budget):
     threshold, sweep = script.calibrate(model, SPLIT, budget)
     spent = np.where(model.confidence.numpy() >= threshold, 40, 100).mean() / 100
     assert spent == pytest.approx(budget, abs=0.003)
-    assert len(sweep) == 11 and sweep[0] == 0.0 and sweep[-1] == 1.0
-    assert model.passes <= N * (22 + 25)
+    assert len(sweep) == 9 and sweep[0] == 0.0 and sweep[-1] == 1.0
+    assert model.passes <= N * (18 + 25)
 
 
 def test_a_jump_is_said_and_the_impossible_refused(capsys):
