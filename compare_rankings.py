@@ -790,8 +790,9 @@ def draw_deciles(logs, panels):
             band(axis, place, means[method], shade, method)
         axis.set(title=name, xlabel="decile, easy to hard", xticks=place, xlim=(0.5, 10.5))
     axes[0, 0].set_ylabel("mean MACs, share of the dense twin's")
-    axes[0, 0].legend(fontsize=8, title_fontsize=8, title="bands: lowest to highest seed;\n"
-                      "no line: fewer than 10 in a decile")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8,
+                  title_fontsize=8, title="bands: lowest to highest seed;\n"
+                  "no line: fewer than 10 in a decile")
     return figure
 
 
