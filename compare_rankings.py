@@ -24,6 +24,7 @@ examples (of a text over stretches of it, since neighbours cost alike). Seeds ar
 of them the report gives the lowest and the highest.
 """
 import argparse
+import hashlib
 import importlib
 import itertools
 import json
@@ -34,7 +35,6 @@ import time
 import warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 STATIC = "relu_sparsity"        # trains the static twin; has no budget of its own
 METHODS = (STATIC, "early_exit", "gumbel_gates", "moe", "token_boost")
+TRAINED = (STATIC,)             # the scripts that write logs of schema 2
 TEXTS = ("shakespeare", "pydoc")
 BUDGETS = (0.6, 0.7, 0.85)      # mean MACs, as shares of the dense ones, at which all are compared
 VIEWS = ("as logged", *(f"at {budget:.2f}" for budget in BUDGETS), "sweep average")
@@ -67,7 +68,7 @@ class UserError(Exception):
 # --- Logs -----------------------------------------------------------------------------------------
 
 class Log(NamedTuple):
-    """One run of one method, reduced to what is compared. A slim log holds just this."""
+    """One run of one method, reduced to what is compared."""
     path: Path
     meta: dict
     views: np.ndarray       # (len(VIEWS), N) MACs for each; NaN where the sweep does not reach
@@ -96,7 +97,7 @@ class Log(NamedTuple):
     @property
     def cost(self):
         """(N,) MACs as logged, as shares of the dense ones."""
-        return self.macs / self.meta["dense_macs"]
+        return self.macs / self.meta["static_macs"]
 
 
 def at_budget(sweep_macs, wanted):
@@ -112,8 +113,7 @@ def at_budget(sweep_macs, wanted):
 
 
 def load(path):
-    """Read and check one log, as a script wrote it or, made slim, tests/results.py. Raises
-    UserError."""
+    """Read and check one log. Raises UserError."""
     def refuse(why):
         raise UserError(f"{path}: {why}")
 
@@ -125,31 +125,23 @@ def load(path):
         refuse("the key 'meta' is missing")
     except Exception as e:      # a file that is something else can fail in a dozen ways
         refuse(f"is no log ({e or type(e).__name__})".replace("\n", " "))
-    if not isinstance(meta, dict) or meta.get("schema") != 1:
-        refuse("unknown schema (1 is expected)")
-    if "slim" in meta:
-        if meta["slim"] != list(VIEWS):
-            refuse(f"is a slim log of the views {meta['slim']}, not {list(VIEWS)}")
-        try:
-            return Log(Path(path), meta, **arrays)
-        except TypeError as e:
-            refuse(f"is no slim log ({e})")
-    missing = [key for key in ("method", "dataset", "size", "seed", "test_sha256", "dense_macs")
+    if not isinstance(meta, dict) or meta.get("schema") != 2:
+        refuse("unknown schema (2 is expected)")
+    missing = [key for key in ("name", "dataset", "size", "seed", "test_sha256", "static_macs")
                if key not in meta]
-    missing += [key for key in ("example", "label", "prediction", "loss", "macs",
-                                "sweep_threshold", "sweep_macs", "sweep_loss", "sweep_correct")
-                if key not in arrays]
+    missing += [key for key in ("label", "prediction", "loss", "macs", "sweep_threshold",
+                                "sweep_macs", "sweep_loss", "sweep_correct") if key not in arrays]
     if missing:
         refuse(f"misses {', '.join(missing)}")
-    words = [meta[key] for key in ("method", "dataset", "size")]
+    words = [meta[key] for key in ("name", "dataset", "size")]
     if not (all(isinstance(w, str) and Path(w).name == w for w in words)
-            and isinstance(meta["seed"], int) and isinstance(meta["dense_macs"], (int, float))
-            and 0 < meta["dense_macs"] < np.inf and isinstance(meta.get("config", {}), dict)):
+            and isinstance(meta["seed"], int) and isinstance(meta["static_macs"], (int, float))
+            and 0 < meta["static_macs"] < np.inf and isinstance(meta.get("options", {}), dict)):
         refuse("its meta data are of the wrong kind")
 
     text, N, S = meta["dataset"] in TEXTS, arrays["macs"].shape[:1], arrays["sweep_threshold"].shape
     each = arrays["loss"].shape if text and arrays["loss"].ndim == 2 else N
-    shapes = dict(example=N, label=each, prediction=each, loss=each, macs=N, sweep_macs=S + N,
+    shapes = dict(label=each, prediction=each, loss=each, macs=N, sweep_macs=S + N,
                   sweep_loss=S + N, sweep_correct=S + N, difficulty=N)
     if text:
         shapes["token_macs"] = each
@@ -162,28 +154,26 @@ def load(path):
             refuse(f"{key} has shape {array.shape}, {shapes[key]} is expected")
     if not N or N[0] < 10 or not S or not S[0]:
         refuse("holds fewer than 10 examples, or no sweep")
-    if not np.array_equal(arrays["example"], np.arange(N[0])):
-        refuse("its examples are not in the order of the test split")
 
     right, sweep = arrays["prediction"] == arrays["label"], arrays["sweep_macs"].astype(float)
-    views = [arrays["macs"], *(at_budget(sweep, budget * meta["dense_macs"]) for budget in BUDGETS),
+    views = [arrays["macs"], *(at_budget(sweep, budget * meta["static_macs"]) for budget in BUDGETS),
              sweep.mean(0)]
-    quality = arrays["sweep_loss" if text else "sweep_correct"].mean(1)
+    quality = arrays["sweep_loss" if text else "sweep_correct"].astype(float).mean(1)
+    loss = arrays["loss"].astype(np.float32)
     return Log(Path(path), meta, np.stack(views).astype(float),
-               np.stack([sweep.mean(1) / meta["dense_macs"], quality]),
-               float(arrays["loss"].mean() if text else right.mean()), arrays["label"], right,
-               arrays["loss"], arrays.get("token_macs") if text else None, arrays.get("difficulty"))
+               np.stack([sweep.mean(1) / meta["static_macs"], quality]),
+               float(loss.mean() if text else right.mean()), arrays["label"], right, loss, arrays.get("token_macs") if text else None, arrays.get("difficulty"))
 
 
 def by_method(logs):
     """{method: its logs}, of logs in the order of `gather`"""
-    runs = itertools.groupby(logs, lambda log: log.meta["method"])
+    runs = itertools.groupby(logs, lambda log: log.meta["name"])
     return {method: list(group) for method, group in runs}
 
 
 def static_logs(logs):
     """The logs of the static network, if they hold its loss."""
-    return [log for log in logs if log.meta["method"] == STATIC and log.loss is not None]
+    return [log for log in logs if log.meta["name"] == STATIC and log.loss is not None]
 
 
 def per_example(values):
@@ -213,7 +203,7 @@ def differing(had, wanted, keys):
 
 def in_common(log):
     """What logs must have in common to be compared; None where a log does not say."""
-    config = log.meta.get("config", {})
+    config = log.meta.get("options", {})
     return {"data set": log.meta["dataset"], "size": log.meta["size"],
             "test split": log.meta["test_sha256"], "number of examples": len(log.macs),
             "order of labels": log.label, "order of difficulties": log.difficulty,
@@ -231,19 +221,16 @@ def gather(paths):
             if not np.array_equal(mine, other):
                 values = f" ({str(mine)[:12]}, not {str(other)[:12]})" * (np.ndim(mine) == 0)
                 raise UserError(f"{log.path}: its {what} is not that of {whose}{values}")
-        run = log.meta["method"], log.meta["seed"]
+        run = log.meta["name"], log.meta["seed"]
         if run in seen:
             raise UserError(f"{log.path}: the same method and seed as {seen[run]}")
         seen[run] = log.path
-        mine = log.meta.get("config", {})
-        other, whose = configs.setdefault(log.meta["method"], (mine, log.path))
+        mine = log.meta.get("options", {})
+        other, whose = configs.setdefault(log.meta["name"], (mine, log.path))
         if differs := differing(mine, other, mine.keys() & other.keys()):
             raise UserError(f"{log.path}: was trained with {'; '.join(differs)} as {whose} was")
-    methods = sorted({method for method, _ in seen})
-    if len(methods) < 2:
-        raise UserError(f"{paths[0]}: logs of one method only; at least two are needed")
-    order = list(dict.fromkeys([*METHODS, *methods]))
-    return sorted(logs, key=lambda log: (order.index(log.meta["method"]), log.meta["seed"]))
+    order = list(dict.fromkeys([*METHODS, *sorted({method for method, _ in seen})]))
+    return sorted(logs, key=lambda log: (order.index(log.meta["name"]), log.meta["seed"]))
 
 
 # --- Statistics -----------------------------------------------------------------------------------
@@ -589,7 +576,7 @@ def method_table(logs, table, found):
         if np.isfinite(a.raw[i, i]):
             reliability += f" [{number(low[i, i])} to {number(high[i, i])}]"
         rows.append([name, ", ".join(str(log.meta["seed"]) for log in runs),
-                     ", ".join({str(log.meta.get("budget_wanted") or "none") for log in runs}),
+                     ", ".join({str(log.meta.get("options", {}).get("budget") or "none") for log in runs}),
                      spread([log.cost.mean() for log in runs], 3),
                      spread([log.quality for log in runs], 4),
                      spread([log.curve[1, -1] for log in runs], 4),
@@ -597,6 +584,23 @@ def method_table(logs, table, found):
     return markdown(["method", "seeds", "budget wanted", "MACs, share of dense", better,
                      f"{better}, full model", "distinct costs",
                      "reliability (over seeds) [95 % over examples]"], rows)
+
+
+def static_table(logs):
+    """Static networks of every width and depth, trained alike: what MACs buy. The full one first."""
+    networks = by_method(log for log in logs if log.meta.get("script") == STATIC)
+    full = networks.get(STATIC, [None])[0]
+    rows = []
+    for name, runs in sorted(networks.items(), key=lambda item: -item[1][0].meta["static_macs"]):
+        options, macs = runs[0].meta.get("options", {}), runs[0].meta["static_macs"]
+        share = number(macs / full.meta["static_macs"]) if full else "unknown"
+        minutes = [(log.meta.get("seconds") or np.nan) / 60 for log in runs]
+        rows.append([name, str(options.get("width")), str(options.get("depth")), f"{macs / 1e6:.2f} M", share,
+                     spread(minutes, 1), ", ".join(str(log.meta["seed"]) for log in runs),
+                     spread([log.curve[1, -1] for log in runs], 4)])
+    better = "loss" if logs[0].text else "accuracy"
+    return markdown(["static network", "width", "depth", "MACs", "share", "minutes of training",
+                     "seeds", f"test {better}"], rows)
 
 
 def neurons(logs):
@@ -817,7 +821,7 @@ def draw_deciles(logs, panels):
         for log, cost in zip(logs, costs):
             row = [np.nanmean(cost[d]) if np.isfinite(cost[d]).sum() >= 10 else np.nan
                    for d in deciles]
-            means.setdefault(log.meta["method"], []).append(row)
+            means.setdefault(log.meta["name"], []).append(row)
         for method, shade in colour(means).items():
             band(axis, place, means[method], shade, method)
         axis.set(title=name, xlabel="decile, easy to hard", xticks=place, xlim=(0.5, 10.5))
@@ -922,7 +926,7 @@ def draw_time(logs):
     for axis, batch in zip(axes, (1, 256)):
         def time(log):
             clock = log.meta["wall_clock"]
-            return clock[f"skipping_ms_batch_{batch}"] / clock[f"dense_ms_batch_{batch}"]
+            return clock[f"skipping_ms_batch_{batch}"] / clock[f"static_ms_batch_{batch}"]
 
         for shift, share, hatch in (-0.2, lambda log: log.cost.mean(), ""), (0.2, time, "///"):
             values = [[share(log) for log in runs] for runs in methods.values()]
@@ -958,13 +962,14 @@ def test_images(log, folder):
         raise UserError(f"CIFAR-10 is not in {folder} (--data names another folder)")
     try:
         script = importlib.import_module(STATIC)
-        data = script.load_data(script.Config(dataset=dataset, size=log.meta["size"],
-                                              data=str(folder), device="cpu"))
+        data = script.load_data(script.options(["--dataset", dataset, "--data", str(folder),
+                                                "--size", log.meta["size"], "--device", "cpu"]))
     except Exception as e:      # torch, the script, or the data: the report does without
         raise UserError(f"the test images could not be had ({e})")
-    if data.sha256 != log.meta["test_sha256"]:
+    digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in data["test"]))
+    if digest.hexdigest() != log.meta["test_sha256"]:
         raise UserError(f"the {dataset} in {folder} is not what the logs are about")
-    return data.test[0].numpy(), script.NAMES[dataset]
+    return data["test"][0].numpy(), script.CLASSES[dataset]
 
 
 def read_people(path, log):
@@ -1030,7 +1035,7 @@ def per_token(logs, table):
     tokens = rankings(logs, lambda log: log.tokens.ravel())
     found = study(tokens, [read.ravel(), np.tile(np.arange(T), N)], losses,
                   np.stack(right, 1), 100, BLOCK * T)
-    costs = [log.tokens.ravel() * (T / log.meta["dense_macs"]) for log in logs]
+    costs = [log.tokens.ravel() * (T / log.meta["static_macs"]) for log in logs]
     panels = [apart("characters", "static loss", loss, costs, right) for loss in losses]
     lines = ["## Per token", "", f"Over {N * T:,} characters, as logged; the class is the "
              f"character read. Intervals: 100 samples of stretches of {BLOCK} windows.", "",
@@ -1038,8 +1043,20 @@ def per_token(logs, table):
     return lines, {"passages.png": draw_passages(table, tokens, read)}, sum(panels, [])
 
 
-def compare(logs, args):
-    """Write the report and its pictures -> their paths, and the first screen."""
+def report_static(logs, args):
+    """Write the report of a folder that has static networks only -> its path, and its lines."""
+    report = Path(args.out, "figures", logs[0].group, "report.md")
+    report.parent.mkdir(parents=True, exist_ok=True)
+    full = [log for log in logs if log.meta["name"] == STATIC]
+    lines = [f"# Static networks, {logs[0].group}", "", neurons(full), "", *static_table(logs),
+             "With logs of a second method in the folder, this report compares their rankings."]
+    report.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return [report], lines
+
+
+def compare(logs, smaller, args):
+    """Write the report and its pictures -> their paths, and the first screen. smaller: logs of
+    static networks of other sizes, which are no rankings."""
     first, text, costs = logs[0], logs[0].text, [log.cost for log in logs]
     unit = f"{'windows' if text else 'test images'} of {first.meta['dataset']}"
     references, images, classes, left_out = outside(logs, args)
@@ -1057,7 +1074,8 @@ def compare(logs, args):
     views = {name: (view, view.agreement(correlate(ranked(view.columns))))
              for name, view in zip(VIEWS, views)}
     screen, kind = first_screen(logs, table, found, views, unit), strongest(table, found)
-    tables = ["## Methods", "", *method_table(logs, table, found), "## Pairs", "",
+    tables = ["## Methods", "", *method_table(logs, table, found), "## Static networks", "",
+              *static_table(logs + smaller), "## Pairs", "",
               *pair_tables(table, found), "## At other budgets", "",
               f"{kind.capitalize()} rho:", "", *view_table(views, kind)]
     if references:
@@ -1107,27 +1125,24 @@ def planned(args):
     missing ones, names of scripts that are not there, and the device. Raises UserError for a log
     that was trained with other options."""
     finished, missing, device = [], {}, "cpu"
-    absent = [name for name in METHODS if not (HERE / f"{name}.py").exists()]
+    absent = [name for name in TRAINED if not (HERE / f"{name}.py").exists()]
     asked = {key: value for key, value in vars(args).items() if value is not None and key in (
         "dataset", "size", "data", "out", "device", "steps", "epochs", "budget")}
-    for name, seed in itertools.product(METHODS, range(args.seeds)):
+    for name, seed in itertools.product(TRAINED, range(args.seeds)):
         if name in absent:
             continue
         script = importlib.import_module(name)      # knows its defaults, and what it would refuse
         options = {key: asked[key] for key in asked if name != STATIC or key != "budget"}
-        try:
-            cfg = script.Config(seed=seed, **options)
-        except script.UserError as e:
-            raise UserError(str(e))
+        flags = ["--seed", str(seed)]
+        flags += itertools.chain(*((f"--{key}", str(value)) for key, value in options.items()))
+        cfg = script.options(flags)
         device = cfg.device
         path = Path(args.out, "logs", f"{cfg.dataset}-{cfg.size}", f"{name}-s{seed}.npz")
         if not path.exists():
-            flags = itertools.chain(*((f"--{k}", str(v)) for k, v in options.items()))
-            missing[path] = [sys.executable, str(HERE / f"{name}.py"), "--seed", str(seed), *flags]
+            missing[path] = [sys.executable, str(HERE / f"{name}.py"), *flags]
             continue
-        had, wanted = load(path).meta.get("config", {}), asdict(cfg)
-        other = differing(had, wanted, had.keys() | wanted.keys())
-        if other:
+        had = load(path).meta.get("options", {})
+        if other := differing(had, vars(cfg), had):
             raise UserError(f"{path}: was trained with {'; '.join(other)}: move it away, or take "
                             "another --out")
         finished.append(path)
@@ -1216,10 +1231,17 @@ def main(args):
         paths = list(dict.fromkeys(paths + sorted(trained)))
         if not paths:
             raise UserError("no run has left a log")
-    logs = gather(paths)
+    every = gather(paths)
+    smaller = [log for log in every if log.meta.get("script") == STATIC and log.meta["name"] != STATIC]
+    logs = [log for log in every if log.path not in {small.path for small in smaller}]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)     # what cannot be told becomes NaN
-        written, screen = compare(logs, args)
+        if len(by_method(logs)) > 1:
+            written, screen = compare(logs, smaller, args)
+        elif all(log.meta.get("script") == STATIC for log in every):
+            written, screen = report_static(every, args)
+        else:
+            raise UserError(f"{paths[0]}: logs of one method only; at least two are needed")
     print("\n".join(screen))
     print("wrote", *written)
     return 1 if failures else 0

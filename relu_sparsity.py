@@ -1,58 +1,36 @@
-"""How much of a static ReLU network is doing nothing?
+"""How much of a static ReLU network does nothing?
 
-A transformer's MLP is two matrix products with a ReLU between them:
+Every block of the network holds an MLP, two matrix products with a ReLU between them:
 
-    h = relu(W1 x),   W2 h = sum over the neurons j with h_j > 0 of  h_j * W2[:, j]
+    h = relu(W1 x)
+    y = W2 h = sum of h[j] * W2[:, j] over the neurons j that fired, those with h[j] > 0
 
-Where h_j is zero, column j of W2 is multiplied by zero and that work changes nothing. Nobody asked
-for those zeros: they come out of ordinary training, more of them for some inputs than for others.
-So even a *static* network has, for every example, an amount of compute that it really needs.
+A neuron that did not fire adds nothing, yet a static network multiplies its column of W2 by zero.
+Nobody asked for these zeros: ordinary training makes them, more for some inputs than for others.
 
-This script trains the network that all scripts of this project start from, unchanged (it is their
-static twin), and asks:
-  * which share of the hidden activations is not zero (the density; sparsity is its complement), by
-    layer, neuron, token and example, and which neurons never fire or always do;
-  * what exact zeros save: `skipping` computes W2 h over the neurons that fired and nothing else.
-    The first product cannot be saved so: it is the one that tells which neurons fire;
-  * what could be saved if the zeros were known beforehand, in both products (a bound, never run);
-  * what happens when small activations are dropped as well: h_j <= threshold, from zero upwards;
-  * what asking for zeros buys: `--sparsity-weight` adds the square Hoyer measure |h|_1^2 / |h|_2^2,
-    a differentiable count of the neurons that matter, blind to their scale (|h|_1 is not).
+This script trains the static network that all scripts of this project start from, and measures its
+density, the share of neurons that fire, by layer, neuron, token and example. `skipping` saves the
+MACs of exact zeros in the second product; the first tells which neurons fire, so it runs in full.
+The oracle bound is what would be left if all zeros were known beforehand. A threshold above zero
+drops small activations, too.
 
-    python relu_sparsity.py                          # CIFAR-10; base on a GPU, small without one
-    python relu_sparsity.py --dataset shakespeare    # characters
-    python relu_sparsity.py --dataset shapes         # embedded data: nothing is downloaded
+    python relu_sparsity.py                                  # CIFAR-10
+    python relu_sparsity.py --dataset shakespeare            # characters
+    python relu_sparsity.py --dataset shapes --size tiny     # a first look, nothing to download
+    python relu_sparsity.py --depth 4 --name depth_4         # a smaller static network
 
-Measured with --size small, means over seeds 0 to 2 (the penalty: seed 0), on two cores of an AMD
-EPYC with bf16 (CIFAR-10 as a JPEG copy):
-                                    test          density          MACs run   bound   time
-  cifar10                           75.95 %       9.0 %            0.772      0.543   1.41
-  cifar10 --sparsity-weight 0.3     77.06 %       2.6 %            0.755      0.511   1.25
-  shakespeare                       1.745 nats    13.8 %           0.740      0.479   1.59
-MACs are shares of the dense ones, and so is the time of `skipping` for 256 examples (seed 2; with
-the penalty seed 0). Sparsity is not speed: dense products multiply zeros faster than they can be
-found. Of the examples, the tenth with the highest loss uses fewer neurons than the tenth with the
-lowest on CIFAR-10 (with all three seeds), and more on text.
-
-Papers: Li et al. 2023, The Lazy Neuron Phenomenon; Mirzadeh et al. 2023, ReLU Strikes Back;
-Liu et al. 2023, Deja Vu (predicts the zeros, to save both products); Kurtz et al. 2020 and
-Szatkowski et al. 2024 (D2DMoE) for the Hoyer penalty, divided here by H to lie between 0 and 1.
+Papers: Li et al. 2023, The Lazy Neuron Phenomenon; Mirzadeh et al. 2023, ReLU Strikes Back. The
+penalty is that of Kurtz et al. 2020, divided by the number of neurons.
 """
 import argparse
 import hashlib
-import inspect
-import itertools
+import io
 import json
 import math
-import os
-import re
+import sys
 import tarfile
 import time
-import urllib.request
-from dataclasses import asdict, dataclass, fields
-from http.client import HTTPException
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -61,462 +39,407 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
+SCRIPT = "relu_sparsity"
 
-@dataclass
-class Config:
-    """Every option of the command line; the comment beside a field is its help."""
+
+def options(argv=None):
+    """The command line, or a list of strings -> namespace."""
+    parser = argparse.ArgumentParser(prog=f"{SCRIPT}.py", usage="%(prog)s [options]",
+                                     description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--sparsity-weight", type=float, default=0.0, metavar="W",
+        help="weight of a penalty on the share of neurons that matter (default: 0)")
     # === shared: options ===
-    dataset: Literal["cifar10", "shakespeare", "shapes", "pydoc"] = "cifar10"  # what to learn
-    size: Literal["", "tiny", "small", "base"] = ""  # of the network: base on a GPU, else small
-    data: str = "data"       # folder that holds the data sets, or receives the download
-    out: str = "."           # folder that receives logs/ and figures/
-    epochs: float = 0.0      # passes over the training split; 0: by data set and size
-    steps: int = 0           # stop after so many steps; 0: by epochs
-    batch: int = 0           # examples per step; 0: by size
-    lr: float = 0.0          # peak learning rate; 0: by size
-    seed: int = 0            # of weights, batches and noise
-    device: Literal["", "cpu", "cuda"] = ""  # by default cuda where there is one
-    compile: bool = False    # torch.compile the training step
+    add("--dataset", choices=["cifar10", "shakespeare", "shapes", "pydoc"], default="cifar10",
+        help="the last two are embedded, the others are downloaded (default: cifar10)")
+    add("--size", choices=list(SIZES), help="of the network (default: base on CUDA, else small)")
+    add("--width", type=int, help="channels of a token (default: by --size, like the next three)")
+    add("--depth", type=int, help="number of blocks")
+    add("--batch", type=int, help="examples per training step")
+    add("--epochs", type=float, help="passes over the training data")
+    add("--steps", type=int, help="training steps, instead of --epochs")
+    add("--lr", type=float, default=0.02, help="peak learning rate of Muon, a tenth for AdamW")
+    add("--seed", type=int, default=0, help="of weights, batches and noise (default: 0)")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    add("--bf16", action=argparse.BooleanOptionalAction, help="train in bfloat16 (default: CUDA)")
+    add("--data", default="data", help="folder of the data sets, filled by downloads")
+    add("--out", default=".", help="folder that gets logs/ and figures/")
+    add("--name", default=SCRIPT, help="of this run, in its log and file names")
+    add("--load", metavar="FILE", help="evaluate the .pt of an earlier run, under another --name")
+    cfg = complete(parser, argv)
     # === end shared ===
-    sparsity_weight: float = 0.0  # weight of the square Hoyer penalty on the hidden activations
-
-    def __post_init__(self):
-        resolve(self)
-        if not 0 <= self.sparsity_weight < math.inf:
-            raise UserError("--sparsity-weight must be finite, and not negative")
+    if not 0 <= cfg.sparsity_weight < math.inf:
+        parser.error("--sparsity-weight must be finite, and not negative")
+    return cfg
 
 
-# Shapes below: B batch, T tokens, C width, H hidden neurons, K classes or characters.
+# Shapes: B batch, T tokens, C width, H = 4 C hidden neurons, L blocks, K classes or characters.
 
-
+# === the mechanism ===
 def hoyer(h):
-    """Square Hoyer measure |h|_1^2 / (H |h|_2^2) of every row of h (..., H) >= 0, averaged: the
-    share of neurons that matter. 1 where all are equal, 1 / H where one does everything."""
+    """Square Hoyer measure |h|_1^2 / (H |h|_2^2) of each row of h (..., H) >= 0, averaged: the
+    share of neurons that matter, from 1 (all equal) to 1 / H (a single one)."""
     h = h.float()
     return (h.sum(-1).square() / (h.shape[-1] * h.square().sum(-1) + 1e-9)).mean()
 
 
 def sparse_product(h, weight):
-    """h @ weight, reading only those rows of `weight` whose activation is not zero.
-
-    h (N, H), weight (H, C) -> (N, C) for nnz(h) * C MACs: embedding_bag adds up, for each row of h,
-    the listed rows of `weight`, each times its activation. They are read in one piece each, many
-    times faster than the columns of a transposed matrix, hence the copy."""
+    """h (N, H) @ weight (H, C) -> (N, C) in nnz(h) * C MACs: for each row of h, embedding_bag sums
+    the rows of `weight` whose neuron fired, each times its activation."""
     row, neuron = h.nonzero(as_tuple=True)                                      # (nnz,), (nnz,)
-    start = torch.searchsorted(row, torch.arange(len(h), device=h.device))      # where each begins
-    return F.embedding_bag(neuron, weight.contiguous(), start, mode="sum",
-                           per_sample_weights=h[row, neuron])
+    start = torch.searchsorted(row, torch.arange(len(h), device=h.device))      # first of each row
+    return F.embedding_bag(neuron, weight, start, mode="sum", per_sample_weights=h[row, neuron])
 
 
 class Model(nn.Module):
-    """The static twin, its MLPs run in three ways. A neuron counts where h_j > threshold: 0 is the
-    trained network exactly, and from there upwards it is more and more of an approximation."""
-    cheapest, full = 10.0, 0.0     # thresholds that hardly any activation exceeds, and any does
+    """The static network. A neuron fires if h > threshold: 0 is the network as it was trained."""
+    cheapest, full = 10.0, 0.0
 
     def __init__(self, cfg):
         super().__init__()
-        self.twin, self.sparsity_weight = Twin(cfg), cfg.sparsity_weight
-        self.dense_macs = self.twin.dense_macs
+        self.net = StaticNet(cfg)
+        self.sparsity_weight = cfg.sparsity_weight
 
-    def hidden(self, x, threshold=0.0):
-        """The dense computation -> logits, and the activations (B, T, H) of every layer, zero where
-        they are not above the threshold."""
-        layers, x = [], self.twin.embed(x)
-        for block in self.twin.blocks:
-            x = block.attend(x)
-            h = block.up(block.norm2(x)).relu()
-            layers.append(h * (h > threshold) if threshold else h)      # training never thresholds
-            x = x + block.drop(block.down(layers[-1]))
-        return self.twin.readout(x), layers
+    def matrices(self):
+        """The parameters that Muon trains."""
+        return [p for p in self.net.blocks.parameters() if p.ndim == 2]
 
-    def forward(self, x):
-        """x -> logits (B, K) or (B, T, K), and the weighted penalty (scalar)."""
-        logits, layers = self.hidden(x)
-        if not self.sparsity_weight:
-            return logits, 0.0
-        return logits, self.sparsity_weight * sum(hoyer(h) for h in layers) / len(layers)
+    def loss(self, x, y, progress):
+        logits, fired = self.dense(x)
+        loss = F.cross_entropy(logits.movedim(-1, 1), y)
+        shown = dict(loss=loss, accuracy=(logits.argmax(-1) == y).float().mean())
+        if self.sparsity_weight:
+            loss = loss + self.sparsity_weight * sum(hoyer(h) for h in fired) / len(fired)
+        return loss, shown
 
-    @torch.no_grad()
+    def dense(self, x, threshold=None, decisions=None):
+        """x -> logits, and L tensors (B, T, H), the activations that fired. decisions: L such
+        tensors of 0 and 1 that say which fire, whatever the threshold."""
+        x, fired = self.net.embed(x), []
+        for layer, block in enumerate(self.net.blocks):
+            up, relu, down = block.mlp
+            h = relu(up(block.mix(x)))
+            if decisions is not None:
+                h = h * decisions[layer]
+            elif threshold:
+                h = h * (h > threshold)
+            fired.append(h)
+            x = x + block.drop(down(h))
+        return self.net.head(x), fired
+
     def masked(self, x, threshold):
-        """Everything is computed, what is dropped is zeroed -> logits, macs, token_macs."""
-        logits, layers = self.hidden(x, threshold)
-        return logits, *self.cost(sum(h.count_nonzero(-1) for h in layers))
+        """Everything is computed -> logits, macs (B,), token_macs (B, T)."""
+        logits, fired = self.dense(x, threshold)
+        return logits, *self.count_macs(sum(h.count_nonzero(-1) for h in fired))
 
-    @torch.no_grad()
     def skipping(self, x, threshold):
-        """Only the chosen columns of W2 are read and multiplied -> logits, macs, token_macs."""
-        fired, x = 0, self.twin.embed(x)
-        for block in self.twin.blocks:
-            x = block.attend(x)
-            h = block.up(block.norm2(x)).relu()                                 # (B, T, H)
+        """Only neurons that fired enter the second product -> logits, macs, token_macs."""
+        x, fired = self.net.embed(x), 0
+        for block in self.net.blocks:
+            up, relu, down = block.mlp
+            h = relu(up(block.mix(x)))
             h = h * (h > threshold)
             fired = fired + h.count_nonzero(-1)                                 # (B, T)
-            y = sparse_product(h.flatten(0, 1), block.down.weight.t())          # (B * T, C)
-            x = x + y.view_as(x) + block.down.bias
-        return self.twin.readout(x), *self.cost(fired)
+            rows = down.weight.t().contiguous()     # (H, C): reading columns of W2 would be slow
+            x = x + sparse_product(h.flatten(0, 1), rows).view_as(x) + down.bias
+        return self.net.head(x), *self.count_macs(fired)
 
-    def cost(self, fired):
-        """fired (B, T): neurons that fired, over all layers -> macs (B,), token_macs (B, T)."""
-        C, H, depth = self.twin.width, 4 * self.twin.width, len(self.twin.blocks)
-        token_macs = self.twin.token_macs(fired.shape[1]) - depth * H * C + fired * C
-        return self.twin.example_macs + token_macs.sum(1), token_macs
-
-
-def objective(model, x, y):
-    """The training loss, and what the progress bar shows."""
-    logits, penalty = model(x)
-    loss = cross_entropy(logits, y).mean()
-    return loss + penalty, dict(loss=loss, accuracy=(logits.argmax(-1) == y).float().mean())
+    def count_macs(self, fired):
+        """fired (B, T), neurons of all layers -> macs (B,), token_macs (B, T)."""
+        H, C = self.net.blocks[0].mlp[0].weight.shape
+        silent = len(self.net.blocks) * H - fired
+        token_macs = self.net.token_macs - silent * C
+        return self.net.example_macs + token_macs.sum(1), token_macs
 
 
-# === shared: backbone ===
-class Attention(nn.Module):
-    """Multi-head attention in parts, so that a token can be left out as query, as key, or as both.
-    Written out, because torch's fused kernel trains slower at these sizes in bf16 on a CPU."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.width, self.heads = width, heads
-        self.query = nn.Linear(width, width, bias=False)
-        self.key_value = nn.Linear(width, 2 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-
-    def mix(self, query, key_value, allowed=None):
-        """query (B, Q, C) against key_value (B, T, 2 C) where allowed (..., Q, T) -> (B, Q, C)."""
-        query = query * (self.width / self.heads) ** -0.5
-        q = query.unflatten(-1, (self.heads, -1)).transpose(1, 2)               # (B, h, Q, C / h)
-        k_v = key_value.unflatten(-1, (2 * self.heads, -1)).transpose(1, 2)
-        k, v = k_v.chunk(2, dim=1)                                              # (B, h, T, C / h)
-        score = q @ k.transpose(-2, -1)                                         # (B, h, Q, T)
-        if allowed is not None:
-            score = score.masked_fill(~allowed, -torch.inf)
-        return (score.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
-
-    def forward(self, x, allowed=None):
-        """x (B, T, C) -> (B, T, C)."""
-        return self.out(self.mix(self.query(x), self.key_value(x), allowed))
-
-    def macs(self, queries, keys):
-        """query and out, scores and weighted sums over all keys; key and value of every key."""
-        C = self.width
-        return queries * (2 * C * C + 2 * keys * C) + keys * 2 * C * C
+@torch.no_grad()
+def measure_density(model, split):
+    """Share of activations above zero by example and layer (N, L), by layer and neuron (L, H)."""
+    by_example, by_neuron = [], 0
+    for x in split[0].split(100):
+        fired = torch.stack(model.dense(network_input(x))[1], 1).gt(0).float()  # (B, L, T, H)
+        by_example.append(fired.mean((2, 3)))
+        by_neuron = by_neuron + fired.mean(2).sum(0) / len(split[0])
+    return torch.cat(by_example).cpu().numpy(), by_neuron.cpu().numpy()
 
 
+def main(cfg):
+    log, picture = output_paths(cfg)
+    torch.manual_seed(cfg.seed)
+    data, model = load_data(cfg), Model(cfg).to(cfg.device)
+    seconds = load(cfg.load, model)[1] if cfg.load else train(model, data, cfg)
+
+    result = evaluate(model.skipping, data["test"], model.full)     # exact zeros lose nothing
+    sweep = {budget: evaluate(model.masked, data["test"], threshold)
+             for budget, threshold in calibrate(model, data["calibration"]).items()}
+    by_example, by_neuron = measure_density(model, data["test"])
+    zeros = (1 - by_example.mean()) * by_neuron.size * cfg.tokens       # of the mean example
+    density = dict(layers=by_example.mean(0).tolist(), neurons=by_neuron.size,
+                   never=int((by_neuron == 0).sum()), always=int((by_neuron == 1).sum()),
+                   oracle_bound=float(1 - 2 * zeros * cfg.width / model.net.macs))
+    clock = wall_clock(model, data["test"][0], model.full)
+    save(log, cfg, data, model, seconds, result, sweep, wall_clock=clock, density=density)
+
+    figure, free = draw(cfg, data, model, result, sweep)
+    layers, neurons, hard = free.subplots(1, 3)
+    layers.violinplot(list(by_example.T), showmedians=True)
+    layers.set(title="density of a layer, over examples", xlabel="layer")
+    neurons.plot(np.linspace(0, 1, by_neuron.shape[1]), np.sort(by_neuron).T)
+    neurons.set(title="firing rate of each neuron", xlabel="share of a layer's neurons, sorted")
+    neurons.legend([f"layer {i + 1}" for i in range(cfg.depth)], fontsize=6)
+    difficulty = data.get("difficulty", result["loss"].reshape(len(by_example), -1).mean(1))
+    deciles = np.array_split(by_example.mean(1)[difficulty.argsort(kind="stable")], 10)
+    hard.plot(range(1, 11), [decile.mean() for decile in deciles], "o-")
+    hard.set(title="density, by difficulty", xlabel="decile of loss, or of known difficulty")
+    figure.savefig(picture, dpi=120)
+    print("density by layer:", *(f"{share:.3f}" for share in density["layers"]))
+    print("oracle bound: {oracle_bound:.3f} of the MACs; of {neurons} neurons {never} never fire, "
+          "{always} always".format(**density))
+    print(f"wrote {log} and {picture}")
+
+
+# Below: identical in all five scripts; read it once.
+
+# === shared: static network ===
 class Block(nn.Module):
-    """A pre-norm transformer block: attention, then an MLP C -> H = 4 C -> ReLU -> C."""
+    """Pre-norm residual block: a depthwise convolution mixes the tokens, over 3 x 3 of an image or
+    the last KERNEL characters of a text; then each token runs through the MLP. The residual stream
+    x itself is not mixed: a token that skips the MLP keeps its state."""
 
     def __init__(self, cfg):
         super().__init__()
-        C = cfg.width
-        self.norm1, self.attention = nn.LayerNorm(C), Attention(C, cfg.heads)
-        self.norm2, self.up, self.down = nn.LayerNorm(C), nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
+        C, k = cfg.width, cfg.kernel
+        self.norm = nn.LayerNorm(C)
+        self.conv = nn.Conv2d(C, C, (k, 1) if cfg.text else k, groups=C)
+        self.grid = (-1, 1) if cfg.text else (8, 8)
+        self.padding = (0, 0, k - 1, 0) if cfg.text else (k // 2,) * 4      # a text: the past only
+        self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.ReLU(), nn.Linear(4 * C, C))
         self.drop = nn.Dropout(cfg.dropout)
-        past = torch.ones(cfg.tokens, cfg.tokens, dtype=torch.bool).tril()
-        self.register_buffer("past", past if cfg.text else None, persistent=False)
-        self.mlp_macs = 2 * C * 4 * C                                           # of one token
 
-    def attend(self, x):
-        """x (B, T, C) -> x plus attention; text looks at the past only."""
-        T = x.shape[1]
-        allowed = None if self.past is None else self.past[:T, :T]
-        return x + self.drop(self.attention(self.norm1(x), allowed))
+    def mix(self, x):
+        """x (B, T, C) -> the input of the MLP (B, T, C)."""
+        h = self.norm(x)
+        grid = h.unflatten(1, self.grid).permute(0, 3, 1, 2)                # (B, C, rows, columns)
+        return h + self.conv(F.pad(grid, self.padding)).permute(0, 2, 3, 1).flatten(1, 2)
 
     def forward(self, x):
-        x = self.attend(x)
-        return x + self.drop(self.down(self.up(self.norm2(x)).relu()))
+        return x + self.drop(self.mlp(self.mix(x)))
 
 
-class Neighbours(nn.Module):
-    """(B, C, h, w) plus what a depthwise 3 x 3 and a pointwise convolution make of it: few MACs."""
-
-    def __init__(self, C):
-        super().__init__()
-        self.mix = nn.Sequential(nn.Conv2d(C, C, 3, 1, 1, groups=C, bias=False), nn.BatchNorm2d(C),
-                                 nn.Conv2d(C, C, 1), nn.ReLU())
-
-    def forward(self, x):
-        return x + self.mix(x)
-
-
-class Twin(nn.Module):
-    """The static network. Images (B, 3, 32, 32): a convolutional stem makes 8 x 8 tokens of them,
-    one answer each. Text (B, T): ASCII codes are embedded, one answer per token."""
+class StaticNet(nn.Module):
+    """Images (B, 3, 32, 32): a stem makes 8 x 8 tokens of each; logits (B, K). Text (B, T): every
+    character is a token; logits (B, T, K) for the one after it."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.text, self.width, self.tokens = cfg.text, cfg.width, cfg.tokens
-        C, S = cfg.width, cfg.width // 2
-        self.stem = nn.Embedding(cfg.classes, C) if self.text else nn.Sequential(
-            nn.Conv2d(3, S, 3, 2, 1, bias=False), nn.BatchNorm2d(S), nn.ReLU(), Neighbours(S),
-            nn.Conv2d(S, C, 3, 2, 1, bias=False), nn.BatchNorm2d(C), nn.ReLU(), Neighbours(C))
+        C, S, self.text = cfg.width, 16, cfg.text
+        self.stem = nn.Embedding(cfg.classes, C) if cfg.text else nn.Sequential(
+            nn.Conv2d(3, S, 3, 2, 1), nn.BatchNorm2d(S), nn.ReLU(),
+            nn.Conv2d(S, C, 3, 2, 1), nn.BatchNorm2d(C))
         self.position = nn.Parameter(0.02 * torch.randn(cfg.tokens, C))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
-        self.norm, self.head = nn.LayerNorm(C), nn.Linear(C, cfg.classes)
-        if self.text:                      # one matrix reads characters and writes them
-            self.head.weight = self.stem.weight
-            nn.init.normal_(self.stem.weight, std=0.02)
-        # An example costs `example_macs` once and `token_macs(T)` for each of its T tokens.
+        self.norm = nn.LayerNorm(C)
+        self.out = nn.Linear(C, cfg.classes)
         self.head_macs = C * cfg.classes
-        stem_macs = (16 * 16 * (9 * 3 * S + 9 * S + S * S)          # to 16 x 16, Neighbours there
-                     + 8 * 8 * (9 * S * C + 9 * C + C * C))         # to 8 x 8, Neighbours there
-        self.example_macs = 0 if self.text else stem_macs + self.head_macs
-        self.dense_macs = self.example_macs + cfg.tokens * self.token_macs(cfg.tokens)
-
-    def token_macs(self, T):
-        """MACs of one token among T: all blocks, and the head where every token has an answer."""
-        blocks = sum(b.attention.macs(T, T) // T + b.mlp_macs for b in self.blocks)
-        return blocks + self.text * self.head_macs
+        self.block_macs = self.blocks[0].conv.weight.numel() + 8 * C * C                # of a token
+        self.token_macs = cfg.depth * self.block_macs + (self.head_macs if cfg.text else 0)
+        stem_macs = 16 * 16 * 9 * 3 * S + 8 * 8 * 9 * S * C
+        self.example_macs = 0 if cfg.text else stem_macs + self.head_macs   # beside those of tokens
+        self.macs = self.example_macs + cfg.tokens * self.token_macs
 
     def embed(self, x):
         """x -> tokens (B, T, C)."""
         x = self.stem(x) if self.text else self.stem(x).flatten(2).transpose(1, 2)
         return x + self.position[:x.shape[1]]
 
-    def readout(self, x):
-        """tokens (B, T, C) -> logits (B, T, K) for text, (B, K) for images."""
-        x = self.norm(x)
-        return self.head(x if self.text else x.mean(1))
+    def head(self, x):
+        """tokens (B, T, C) -> logits."""
+        return self.out(self.norm(x) if self.text else self.norm(x).mean(1))
 
     def forward(self, x):
         x = self.embed(x)
         for block in self.blocks:
             x = block(x)
-        return self.readout(x)
+        return self.head(x)
 # === end shared ===
 
 
 # === shared: data ===
 CIFAR10 = ("cifar-10-binary.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-           "md5", "c32a1d4ab5d03f1284b67883e8d87530")
+           "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")
 SHAKESPEARE = ("tinyshakespeare.txt", "https://raw.githubusercontent.com/karpathy/char-rnn/master/"
-               "data/tinyshakespeare/input.txt", "sha256",
+               "data/tinyshakespeare/input.txt",
                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
-NAMES = dict(cifar10="airplane automobile bird cat deer dog frog horse ship truck".split(),
-             shapes=[f"{s} {k}" for k in ("disc", "2 lobes", "3 lobes", "4 lobes", "5 lobes")
-                     for s in ("full", "hollow")])
 
 
-class Data(NamedTuple):
-    """Splits are pairs (x, y) of uint8 and int64 or uint8 tensors on the device: (N, 3, 32, 32) and
-    (N,), or for text (N, T) and (N, T), y one character on. A text's train is one long stream."""
-    train: tuple
-    calibration: tuple
-    test: tuple
-    difficulty: object      # float32 array (N,) of the test split where it is known, else None
-    sha256: str             # of the test split
-
-
-def fetch(folder, name, url, algorithm, checksum):
-    """Path of folder / name, downloaded first if it is missing. Refuses any other file there."""
+def download(folder, name, url, sha256):
+    """The bytes of a published file, fetched unless the folder has it, checked every time."""
     path = Path(folder, name)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{name}.{os.getpid()}.part")     # half a file is no file
         try:
-            with tqdm(desc=name, unit="B", unit_scale=True) as bar:
-                urllib.request.urlretrieve(url, part, lambda n, size, total: bar.update(size))
-            part.replace(path)
-        except (OSError, HTTPException) as e:
-            raise UserError(f"download of {url} failed ({e}); put the file at {path} by hand, or "
-                            "take embedded data: --dataset shapes (images) or pydoc (text)")
-        finally:
-            part.unlink(missing_ok=True)
-    if hashlib.new(algorithm, path.read_bytes()).hexdigest() != checksum:
-        raise UserError(f"{path} is not the published file (its {algorithm} differs: truncated or "
-                        "altered); delete it and run again")
-    return path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), sha256)      # the whole file, or none
+        except Exception as error:
+            fail(f"download of {url} failed ({error}); put the file at {path} by hand, or take "
+                 "embedded data: --dataset shapes (images) or pydoc (text)")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        fail(f"{path} is not the published file (truncated or altered); delete it and run again")
+    return path.read_bytes()
 
 
 def read_cifar10(folder):
-    """uint8 (60000, 3073): label, then pixels; test last. From folder/cifar-10-batches-bin if it is
-    there, else straight from the archive, of which nothing but six members is ever read."""
-    names = [f"cifar-10-batches-bin/{n}.bin" for n in
-             [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]]
-    try:
-        if Path(folder, names[0]).parent.exists():
-            parts = [Path(folder, name).read_bytes() for name in names]
-        else:
-            with tarfile.open(fetch(folder, *CIFAR10)) as archive:
-                parts = [archive.extractfile(name).read() for name in names]
-    except (KeyError, AttributeError, tarfile.TarError, FileNotFoundError) as e:
-        raise UserError(f"CIFAR-10 in {folder} lacks a file ({e}); delete it and run again")
-    for name, part in zip(names, parts):
-        if len(part) != 30730000 or max(part[::3073]) > 9:
-            raise UserError(f"{name} in {folder} is truncated or altered (30,730,000 bytes, labels "
-                            "0 to 9 are expected); delete it and run again")
-    return np.frombuffer(b"".join(parts), np.uint8).reshape(-1, 3073)
+    """Images (60000, 3, 32, 32) and labels (60000,), the test split last; from the unpacked
+    cifar-10-batches-bin if it is in the folder, else from the archive."""
+    files = [f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)]
+    files.append("cifar-10-batches-bin/test_batch.bin")
+    if Path(folder, files[0]).parent.exists():
+        raw = b"".join(Path(folder, file).read_bytes() for file in files)
+    else:
+        archive = tarfile.open(fileobj=io.BytesIO(download(folder, *CIFAR10)))
+        raw = b"".join(archive.extractfile(file).read() for file in files)
+    if len(raw) != 60000 * 3073 or max(raw[::3073]) > 9:
+        fail(f"cifar-10-batches-bin in {folder} is truncated or altered; delete it and run again")
+    records = np.frombuffer(raw, np.uint8).reshape(60000, 3073)
+    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
 
 
-def draw_shapes(count, seed):
-    """Flowers of 0, 2, 3, 4 or 5 lobes, full or hollow: uint8 (count, 3, 32, 32), label (count,),
-    difficulty (count,) in [0, 1], more often low, which fades the shape, cuts it, adds specks and
-    noise. In float64, so that bits that differ between machines hardly ever change a byte."""
-    rng, chunk = np.random.default_rng(seed), 500
-    label, difficulty = rng.integers(10, size=count), rng.random(count) ** 1.5
-    images, (row, column) = np.empty((count, 3, 32, 32), np.uint8), np.mgrid[-1:1:32j, -1:1:32j]
-
-    def uniform(low, high, channels=1):
-        return rng.uniform(low, high, (chunk, channels, 1, 1))
-
-    for i in range(0, count, chunk):
-        d, kind = (v[i:i + chunk].reshape(-1, 1, 1, 1) for v in (difficulty, label))
-        size, lobes = uniform(0.6, 0.9), np.array([0, 2, 3, 4, 5])[kind // 2]
-        x, y = (column - uniform(-0.2, 0.2)) / size, (row - uniform(-0.2, 0.2)) / size
-        angle = np.arctan2(y, x) + uniform(0, 2 * np.pi)
-        edge = np.hypot(x, y) - 0.7 - 0.3 * np.cos(lobes * angle)                # < 0 is inside
-        shape = np.clip(0.5 - 8 * np.where(kind % 2, abs(edge) - 0.15, edge), 0, 1)
-        shape *= abs(x - uniform(-0.5, 0.5)) > 0.3 * d                           # a cut through it
-        ground, contrast = uniform(0.3, 0.7, 3), 0.8 * (1 - 0.8 * d)
-        image = ground + contrast * shape * np.sign(uniform(-1, 1, 3)) * uniform(0.5, 1, 3)
-        for _ in range(3):
-            speck = np.hypot(column - uniform(-1, 1), row - uniform(-1, 1)) < uniform(0, 0.4) * d
-            image = np.where(speck, ground + contrast * uniform(-1, 1, 3), image)
-        image += 0.15 * d * rng.standard_normal(image.shape)
-        images[i:i + chunk] = np.clip(image, 0, 1) * 255
-    return images, label, difficulty.astype(np.float32)
+def draw_shapes(count):
+    """Flowers with 0, 2, 3, 4 or 5 lobes, full or hollow -> images (count, 3, 32, 32), labels, and
+    a difficulty in [0, 1], which fades the flower, cuts it and adds noise."""
+    rng = np.random.default_rng(0)
+    labels, difficulty = rng.integers(10, size=count, dtype=np.uint8), rng.random(count) ** 1.5
+    images = np.empty((count, 3, 32, 32), np.uint8)
+    row, column = np.mgrid[-1:1:32j, -1:1:32j]
+    for image, label, d in zip(images, labels, difficulty):
+        size, turn, cut = rng.uniform((0.6, 0, -0.5), (0.9, 6.28, 0.5))
+        y = (row - rng.uniform(-0.2, 0.2)) / size
+        x = (column - rng.uniform(-0.2, 0.2)) / size
+        lobes = (0, 2, 3, 4, 5)[label // 2]
+        edge = np.hypot(x, y) - 0.7 - 0.3 * np.cos(lobes * np.arctan2(y, x) + turn)
+        flower = np.clip(0.5 - 8 * (abs(edge) - 0.15 if label % 2 else edge), 0, 1)
+        flower *= (1 - 0.8 * d) * (abs(x - cut) > 0.3 * d)
+        ground = rng.uniform(0.3, 0.7, (3, 1, 1))
+        noise = 0.12 * d * rng.standard_normal((3, 32, 32))
+        colour = rng.uniform(0.4, 0.8, (3, 1, 1)) * rng.choice((-1, 1), (3, 1, 1))
+        image[:] = 255 * np.clip(ground + flower * colour + noise, 0, 1)
+    return images, labels, difficulty.astype(np.float32)
 
 
 def load_data(cfg):
-    """The whole of cfg.dataset on cfg.device; UserError where it cannot be had."""
-    difficulty = None
+    """{"train", "calibration", "test": (x, y)}, bytes on the device: images (N, 3, 32, 32), (N,) or
+    windows (N, T) and the same one character on; and "difficulty" of test, if it is known."""
+    data = {}
+    if cfg.dataset == "cifar10":
+        x, y = read_cifar10(cfg.data)
+        ends = (45000, 50000)
+    elif cfg.dataset == "shapes":
+        x, y, difficulty = draw_shapes(15000)
+        ends = (10000, 11000)
+        data["difficulty"] = difficulty[11000:]
+    elif cfg.dataset == "shakespeare":
+        raw = download(cfg.data, *SHAKESPEARE)
+    else:                                                   # Python's manual comes with Python
+        from pydoc_data.topics import topics
+        raw = "".join(topics[key] for key in sorted(topics)).encode("ascii", "replace")
     if cfg.text:
-        if cfg.dataset == "pydoc":
-            from pydoc_data.topics import topics
-            raw = "".join(topics[k] for k in sorted(topics)).encode("ascii", "replace")
-        else:
-            raw = fetch(cfg.data, *SHAKESPEARE).read_bytes()
-        text, most = torch.tensor(np.frombuffer(raw, np.uint8)), int(0.9 * len(raw))
-        train, *held_out = text.tensor_split([int(0.95 * most), most])
-        splits = [(train, train)]
-        for part in held_out:
-            window = part.unfold(0, cfg.tokens + 1, cfg.tokens)                  # (N, T + 1)
-            splits.append((window[:, :-1], window[:, 1:]))
+        text = torch.tensor(np.frombuffer(raw, np.uint8), device=cfg.device)
+        parts = text.tensor_split([int(0.95 * 0.9 * len(text)), int(0.9 * len(text))])
+        windows = [part.unfold(0, cfg.tokens + 1, step)     # windows of train begin anywhere
+                   for part, step in zip(parts, (1, cfg.tokens, cfg.tokens))]
+        splits = [(window[:, :-1], window[:, 1:]) for window in windows]
     else:
-        if cfg.dataset == "shapes":
-            x, y, difficulty = draw_shapes(25000, seed=0)
-            ends, difficulty = [20000, 21000], difficulty[21000:]
-        else:
-            records = read_cifar10(cfg.data)
-            x, y, ends = records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0], [45000, 50000]
-        splits = zip(torch.tensor(x).tensor_split(ends), torch.tensor(y).long().tensor_split(ends))
-    splits = [(x.to(cfg.device), y.to(cfg.device)) for x, y in splits]
-    digest = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in splits[2])).hexdigest()
-    return Data(*splits, difficulty, digest)
+        x, y = torch.tensor(x, device=cfg.device), torch.tensor(y, device=cfg.device)
+        splits = zip(x.tensor_split(ends), y.tensor_split(ends))
+    return data | dict(zip(("train", "calibration", "test"), splits))
 
 
 def network_input(x):
-    """Bytes as they are stored -> what a Model takes: normalised images, int64 characters."""
+    """Bytes -> normalised images, or int64 characters."""
     return (x.float() / 255 - 0.47) / 0.25 if x.ndim == 4 else x.long()
 
 
 def training_batches(data, cfg):
-    """Endless (x, y). An epoch shows everything once, but for an incomplete last batch: images in
-    random order, flipped half the time and shifted by up to 4 pixels; text as windows, cut from
-    another starting point each time."""
+    """Endless (x, y) in random order; images flipped half of the time and shifted by up to 4."""
     random = dict(generator=torch.Generator(cfg.device).manual_seed(cfg.seed), device=cfg.device)
-    x, y = data.train
+    x, y = data["train"]
     while True:
-        if cfg.text:
-            start = torch.randint(cfg.tokens, (), **random)
-            window = data.train[0][start:].unfold(0, cfg.tokens + 1, cfg.tokens)     # (N, T + 1)
-            x, y = window[:, :-1], window[:, 1:]
-        order = torch.randperm(len(x), **random)
-        for index in order[:len(order) // cfg.batch * cfg.batch].view(-1, cfg.batch):
-            batch = x[index]
+        for index in torch.randperm(len(x), **random).split(cfg.batch):
+            batch, B = network_input(x[index]), len(index)
             if not cfg.text:
-                row, column = torch.randint(9, (2, cfg.batch), **random)
-                flip = torch.rand(cfg.batch, 1, 1, 1, **random) < 0.5
-                padded = F.pad(batch.float(), (4, 4, 4, 4), "reflect")           # (B, 3, 40, 40)
-                crops = padded.unfold(2, 32, 1).unfold(3, 32, 1)                 # (B, 3, 9, 9, ..)
-                batch = crops[torch.arange(cfg.batch), :, row, column]           # one crop of 81
+                padded = F.pad(batch, (4, 4, 4, 4), "reflect")              # (B, 3, 40, 40)
+                crops = padded.unfold(2, 32, 1).unfold(3, 32, 1)            # (B, 3, 9, 9, 32, 32)
+                row, column = torch.randint(9, (2, B), **random)
+                batch = crops[torch.arange(B), :, row, column]
+                flip = torch.rand(B, 1, 1, 1, **random) < 0.5
                 batch = torch.where(flip, batch.flip(3), batch)
-            yield network_input(batch), y[index].long()
+            yield batch, y[index].long()
 # === end shared ===
 
 
 # === shared: training ===
-SIZES = {  # (text, size): width, depth, heads, tokens, batch, learning rate, dropout
-    (False, "tiny"): (32, 2, 2, 64, 256, 3e-3, 0.0), (True, "tiny"): (32, 2, 2, 64, 64, 3e-3, 0.0),
-    (False, "small"): (64, 4, 4, 64, 128, 3e-3, 0.0),
-    (True, "small"): (128, 4, 4, 64, 64, 3e-3, 0.0),
-    (False, "base"): (192, 8, 6, 64, 256, 1e-3, 0.1),
-    (True, "base"): (384, 6, 6, 256, 64, 1e-3, 0.2)}
-EPOCHS = dict(cifar10=dict(tiny=1, small=11, base=100), shapes=dict(tiny=2, small=1.4, base=20),
-              shakespeare=dict(tiny=1, small=9, base=80), pydoc=dict(tiny=2, small=6, base=40))
+SIZES = {   # for images, and for text
+    "tiny": (dict(width=32, depth=2, batch=256, epochs=1, dropout=0.0, tokens=64, kernel=3),
+             dict(width=32, depth=2, batch=64, epochs=1, dropout=0.0, tokens=64, kernel=8)),
+    "small": (dict(width=48, depth=8, batch=128, epochs=12, dropout=0.0, tokens=64, kernel=3),
+              dict(width=128, depth=6, batch=64, epochs=6, dropout=0.1, tokens=64, kernel=8)),
+    "base": (dict(width=128, depth=10, batch=256, epochs=60, dropout=0.1, tokens=64, kernel=3),
+             dict(width=384, depth=9, batch=64, epochs=20, dropout=0.2, tokens=256, kernel=8))}
 
 
-class UserError(Exception):
-    """What the person at the keyboard can mend: shown as one line, exit status 2."""
-
-
-def resolve(cfg):
-    """Check a Config, fill in what it leaves open, and add what follows from dataset and size."""
-    for f in fields(cfg):
-        choices, value = get_args(f.type), getattr(cfg, f.name)
-        if choices and value not in choices:
-            raise UserError(f"--{f.name} {value!r} is none of {', '.join(filter(None, choices))}")
-    for name in ("data", "out"):
-        if Path(getattr(cfg, name)).is_file():
-            raise UserError(f"--{name} {getattr(cfg, name)} is a file; a folder is expected")
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA here; leave it out to use the CPU")
-    for name in ("epochs", "steps", "batch", "lr", "seed"):
-        if not 0 <= getattr(cfg, name) < 2 ** 31:
-            raise UserError(f"--{name} {getattr(cfg, name)} must not be negative, and less than "
-                            "2 ** 31 (0 takes the default)")
-    cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cfg.size = cfg.size or ("small" if cfg.device == "cpu" else "base")
+def complete(parser, argv):
+    """Parse, fill in the options that depend on others, and check them -> namespace."""
+    cfg = parser.parse_args(argv)
+    if cfg.load:                                            # the options of that run, unless given
+        parser.set_defaults(**load(cfg.load)[0])
+        cfg = parser.parse_args(argv)
+    cuda = torch.cuda.is_available()
+    cfg.device = cfg.device or ("cuda" if cuda else "cpu")
+    cfg.size = cfg.size or ("base" if cfg.device == "cuda" else "small")
+    cfg.bf16 = cfg.device == "cuda" if cfg.bf16 is None else cfg.bf16
     cfg.text = cfg.dataset in ("shakespeare", "pydoc")
     cfg.classes = 128 if cfg.text else 10
-    cfg.width, cfg.depth, cfg.heads, cfg.tokens, batch, lr, cfg.dropout = SIZES[cfg.text, cfg.size]
-    cfg.batch, cfg.lr = cfg.batch or batch, cfg.lr or lr
-    cfg.epochs = cfg.epochs or EPOCHS[cfg.dataset][cfg.size]
+    for key, default in SIZES[cfg.size][cfg.text].items():
+        if getattr(cfg, key, None) is None:
+            setattr(cfg, key, default)
+    for key in ("width", "depth", "batch", "epochs", "steps", "lr"):
+        value = getattr(cfg, key)
+        if value is not None and not 0 < value < 1e6:
+            parser.error(f"--{key} {value} must be above 0 and below a million")
+    if not 0 <= cfg.seed < 2 ** 31:
+        parser.error(f"--seed {cfg.seed} must be at least 0 and below 2 ** 31")
+    if cfg.device == "cuda" and not cuda:
+        parser.error("--device cuda: torch finds no CUDA here")
+    return cfg
 
 
-def cross_entropy(logits, y):
-    """logits (..., K), y (...) -> nats (...)."""
-    loss = F.cross_entropy(logits.float().flatten(0, -2), y.flatten().long(), reduction="none")
-    return loss.view_as(y)
-
-
-def train(model, data, cfg, objective, name="train"):
-    """AdamW, warm-up, cosine, bf16 where the hardware is fast at it. objective(model, x, y) -> the
-    loss and a dict of scalars for the progress bar. Raises UserError if the loss turns NaN."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([dict(params=decayed, weight_decay=0.05),
-                                   dict(params=plain, weight_decay=0.0)],
-                                  cfg.lr, betas=(0.9, 0.99), fused=True)
-    examples = len(data.train[0]) // cfg.tokens - 1 if cfg.text else len(data.train[0])
-    if examples < cfg.batch:
-        raise UserError(f"--batch {cfg.batch} is more than the {examples} training examples")
-    steps = cfg.steps or max(1, int(cfg.epochs * examples / cfg.batch))
-    warm_up = 1 + steps // 10
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(
-        (i + 1) / warm_up,
-        0.51 + 0.49 * math.cos(math.pi * (i - warm_up) / max(1, steps - warm_up))))
-    bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if cfg.device == "cuda"
-            else getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
-    losses = torch.zeros(steps, device=cfg.device)
-    objective = torch.compile(objective) if cfg.compile else objective
+def train(model, data, cfg):
+    """Muon for model.matrices(), AdamW for the rest; warm-up, then linear to 0 -> seconds."""
+    matrices = model.matrices()
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    optimizers = [torch.optim.Muon(matrices, cfg.lr, weight_decay=0.0, adjust_lr_fn="original"),
+                  torch.optim.AdamW(others, cfg.lr / 10, betas=(0.9, 0.99), weight_decay=0.0)]
+    examples = len(data["train"][0]) / (cfg.tokens if cfg.text else 1)      # windows overlap
+    steps = cfg.steps or math.ceil(cfg.epochs * examples / cfg.batch)
+    schedules = [torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, optimizer.defaults["lr"], steps + 1, pct_start=0.1, anneal_strategy="linear",
+        cycle_momentum=False) for optimizer in optimizers]
     model.train()
     began = time.perf_counter()
-    with tqdm(zip(range(steps), training_batches(data, cfg)), name, steps,
-              unit=" examples", unit_scale=cfg.batch) as bar:
+    with tqdm(zip(range(steps), training_batches(data, cfg)), cfg.name, steps) as bar:
         for step, (x, y) in bar:
-            with torch.autocast(cfg.device, torch.bfloat16, enabled=bf16):
-                loss, shown = objective(model, x, y)
-            optimizer.zero_grad()
+            with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
+                loss, shown = model.loss(x, y, step / steps)
+            model.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            losses[step] = loss.detach()
-            if step % 20 == 19 or step == steps - 1:        # reading a number waits for the GPU
-                if not losses.isfinite().all():
-                    raise UserError("the loss is not finite from step "
-                                    f"{losses.isfinite().int().argmin()} on; try a smaller --lr")
-                bar.set_postfix({k: f"{v.item():.3f}" for k, v in shown.items()})
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer, schedule in zip(optimizers, schedules):
+                optimizer.step()
+                schedule.step()
+            if step % 20 == 0 or step == steps - 1:         # reading a number waits for the GPU
+                if not norm.isfinite():
+                    fail(f"the gradient is not finite at step {step}; try a smaller --lr")
+                bar.set_postfix({key: f"{value.item():.3f}" for key, value in shown.items()})
     model.eval()
     return time.perf_counter() - began
 # === end shared ===
@@ -525,262 +448,159 @@ def train(model, data, cfg, objective, name="train"):
 # === shared: evaluation ===
 @torch.no_grad()
 def evaluate(run, split, threshold):
-    """run (model.masked or model.skipping) over a split -> dict of arrays: label, prediction, loss
-    in nats (like y, all three), macs (N,), token_macs (N, T)."""
+    """run (model.masked or model.skipping) over a split -> arrays: label, prediction and loss in
+    nats, all like y, macs (N,), token_macs (N, T); and the threshold."""
     batches = []
-    for x, y in zip(split[0].split(50), split[1].split(50)):
+    for x, y in zip(split[0].split(250), split[1].split(250)):
         logits, macs, token_macs = run(network_input(x), threshold)
-        loss, prediction = cross_entropy(logits, y), logits.argmax(-1)
-        batches.append((y.long(), prediction, loss, macs, token_macs.int()))
-    names = ("label", "prediction", "loss", "macs", "token_macs")
-    return {name: torch.cat(part).cpu().numpy() for name, part in zip(names, zip(*batches))}
+        loss = F.cross_entropy(logits.movedim(-1, 1), y.long(), reduction="none")
+        batches.append((y, logits.argmax(-1).byte(), loss, macs, token_macs.int()))
+    arrays = [torch.cat(parts).cpu().numpy() for parts in zip(*batches)]
+    keys = ("label", "prediction", "loss", "macs", "token_macs")
+    return dict(zip(keys, arrays), threshold=threshold)
 
 
-def quality(model, result):
-    """What `evaluate` returned -> its means: accuracy, loss in nats, share of the dense MACs."""
+def summary(model, result):
+    """Means of what `evaluate` returned."""
     return dict(accuracy=float((result["prediction"] == result["label"]).mean()),
                 loss=float(result["loss"].mean()),
-                budget=float(result["macs"].mean() / model.dense_macs))
+                budget=float(result["macs"].mean() / model.net.macs))
 
 
-def calibrate(model, split, budget=None, points=9):
-    """Thresholds found on the calibration split, by bisection and secant in turns -> the one that
-    spends `budget` (a fraction of the dense MACs), and a sweep of `points`, evenly spread in MACs
-    from the cheapest model to the full one. Raises UserError if the budget is out of reach."""
-    spent = {}                                              # threshold -> share of the dense MACs
+def calibrate(model, split, budgets=(0.35, 0.5, 0.6, 0.7, 0.85)):
+    """{budget: threshold at which a split takes that share of the static network's MACs}, found by
+    bisection, without the budgets that are out of reach; the full model last."""
+    def spent(threshold):
+        return summary(model, evaluate(model.masked, split, threshold))["budget"]
 
-    def probe(threshold):
-        macs = evaluate(model.masked, split, threshold)["macs"]
-        spent[threshold] = macs.mean() / model.dense_macs
-        bar.update()
-
-    def nearest(share):
-        return min(spent, key=lambda threshold: abs(spent[threshold] - share))
-
-    def search(share, tolerance):
-        for i in range(20):
-            if abs(spent[nearest(share)] - share) < tolerance:
-                break
-            in_order = sorted(spent, reverse=model.cheapest > model.full)
-            low, high = next(pair for pair in itertools.pairwise(in_order)
-                             if spent[pair[1]] >= share)
-            part = (share - spent[low]) / (spent[high] - spent[low]) if i % 2 else 0.5
-            probe(low + part * (high - low))
-        return nearest(share)
-
-    with tqdm(desc="calibrate", unit="pass") as bar:
-        probe(model.cheapest)
-        probe(model.full)
-        low, high = spent.values()
-        if budget is not None and not low <= budget <= high:
-            raise UserError(f"--budget {budget} is out of reach: this network can spend {low:.3f} "
-                            f"to {high:.3f} of the dense MACs")
-        sweep = [search(share, (high - low) / (3 * points))
-                 for share in np.linspace(low, high, points)]
-        best = None if budget is None else search(budget, 0.002)
-    if budget is not None and abs(spent[best] - budget) > 0.02:
-        print(f"no threshold spends {budget}: the nearest spends {spent[best]:.3f}")
-    return best, sweep
+    least, most, thresholds = spent(model.cheapest), spent(model.full), {}
+    for budget in tqdm([b for b in budgets if least <= b <= most], "calibrate"):
+        low, high = model.cheapest, model.full
+        for _ in range(12):
+            middle = (low + high) / 2
+            low, high = (middle, high) if spent(middle) < budget else (low, middle)
+        thresholds[budget] = high
+    return thresholds | {most: model.full}
 
 
 @torch.no_grad()
-def wall_clock(model, x, threshold, cfg):
-    """Median milliseconds of the dense twin and of `skipping`, float32, batches of 1 and of 256, by
-    turns on the same inputs after a warm-up."""
-    twin, seconds = Twin(cfg).to(cfg.device).eval(), {}
-    wait = torch.cuda.synchronize if cfg.device != "cpu" else lambda: None
-    runs = dict(dense=twin, skipping=lambda x: model.skipping(x, threshold))
-    for size, repeats in (1, 100), (256, 10):
-        for i in range(3 + repeats):
-            inputs = network_input(x[torch.arange(i * size, (i + 1) * size) % len(x)])
-            for name, run in runs.items():
-                wait()
-                start = time.perf_counter()
-                run(inputs)
-                wait()
-                taken = time.perf_counter() - start
-                seconds.setdefault(f"{name}_ms_batch_{size}", []).append(taken)
-    return {name: 1000 * float(np.median(taken[3:])) for name, taken in seconds.items()}
-# === end shared ===
-
-
-# === shared: log and command line ===
-def save_log(path, cfg, data, model, budget, threshold, result, sweep, **extra):
-    """Write the per-example log (README: "The log") to `path`, whole or not at all.
-
-    budget: what was asked for, or None. result: what `evaluate` returned at `threshold`. sweep:
-    {threshold: the same}, from the cheapest model to the full one. Returns the meta data."""
-    meta = dict(
-        schema=1, method=Path(__file__).stem, dataset=cfg.dataset, size=cfg.size, seed=cfg.seed,
-        config=asdict(cfg), test_sha256=data.sha256, dense_macs=model.dense_macs,
-        parameters=sum(p.numel() for p in model.parameters()), threshold=threshold,
-        budget_wanted=budget, at_budget=quality(model, result),
-        full=quality(model, list(sweep.values())[-1]), **extra,
-        torch=torch.__version__, device=torch.cuda.get_device_name() if cfg.device != "cpu" else
-        f"CPU, {torch.get_num_threads()} threads", date=time.strftime("%Y-%m-%d"),
-        script_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
-    N, runs = len(result["macs"]), sweep.values()
-    loss = [r["loss"].reshape(N, -1).mean(1) for r in runs]
-    correct = [(r["prediction"] == r["label"]).reshape(N, -1).mean(1) for r in runs]
-    arrays = dict(
-        result, example=np.arange(N), meta=json.dumps(meta, default=str),
-        sweep_threshold=np.array(list(sweep)),
-        sweep_macs=np.array([r["macs"] for r in runs]), sweep_loss=np.array(loss, np.float32),
-        sweep_correct=np.array(correct, np.float32))
-    if data.difficulty is not None:
-        arrays["difficulty"] = data.difficulty
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            np.savez_compressed(file, **arrays)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return meta
-
-
-def report(meta, *paths):
-    """Print what a run amounts to."""
-    for name, r in ("full model", meta["full"]), ("as logged", meta["at_budget"]):
-        print(f"{name}: test accuracy {r['accuracy']:.4f}, loss {r['loss']:.4f} nats, MACs "
-              f"{r['budget']:.3f} of {meta['dense_macs']:,} dense")
+def wall_clock(model, x, threshold):
+    """Median milliseconds of the static network and of `skipping`, batches of 1 and of 256."""
+    times = {}
     for batch in (1, 256):
-        dense, skipping = (meta["wall_clock"][f"{run}_ms_batch_{batch}"]
-                           for run in ("dense", "skipping"))
-        print(f"batch of {batch}: dense twin {dense:.2f} ms, skipping {skipping:.2f} ms, "
-              f"{skipping / dense:.2f} of the time")
-    print("wrote", *paths)
+        for i in range(23):
+            inputs = network_input(x[torch.arange(i * batch, (i + 1) * batch) % len(x)])
+            for name in ("static", "skipping"):
+                began = time.perf_counter()
+                model.net(inputs) if name == "static" else model.skipping(inputs, threshold)
+                if x.is_cuda:
+                    torch.cuda.synchronize()
+                times.setdefault(f"{name}_ms_batch_{batch}", []).append(time.perf_counter() - began)
+    return {name: 1000 * float(np.median(seconds[3:])) for name, seconds in times.items()}
+# === end shared ===
 
 
-def output_path(cfg, folder, ending):
-    """<out>/<folder>/<dataset>-<size>/<script>-s<seed><ending>, its folder made."""
-    name = f"{Path(__file__).stem}-s{cfg.seed}{ending}"
-    path = Path(cfg.out, folder, f"{cfg.dataset}-{cfg.size}", name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+# === shared: log and picture ===
+def fail(message):
+    """End the program with one line and exit status 2."""
+    tqdm.write(f"{SCRIPT}.py: {message}", sys.stderr)       # on a line of its own
+    raise SystemExit(2)
 
 
-def command_line(main):
-    """Run main on the Config that sys.argv asks for; a UserError is one line, exit status 2."""
-    torch.backends.cudnn.allow_tf32 = False     # evaluation is float32, on a GPU as well
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(
-        2, f"{parser.prog}: {message} (--help lists the options)\n")
-    comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(Config), re.M))
-    for f in fields(Config):
-        choices = get_args(f.type)
-        kind = dict(action="store_true") if f.type is bool else dict(
-            default=f.default, choices=choices or None, type=type(f.default))
-        preset = f" (default: {f.default})" if f.default else ""
-        parser.add_argument("--" + f.name.replace("_", "-"), **kind,
-                            help=(comments[f.name] + preset).replace("%", "%%"))
+def output_paths(cfg):
+    """The paths of the log and the picture of a run, in folders that are made."""
+    run = f"{cfg.dataset}-{cfg.size}/{cfg.name}-s{cfg.seed}"
+    log, picture = Path(cfg.out, f"logs/{run}.npz"), Path(cfg.out, f"figures/{run}.png")
+    if cfg.load and Path(cfg.load).resolve() == log.with_suffix(".pt").resolve():
+        fail("--load never overwrites the run that it loads: choose another --name")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    return log, picture
+
+
+def load(path, model=None):
+    """Options and seconds of an earlier run, whose weights go into the model."""
     try:
-        main(Config(**vars(parser.parse_args())))
-    except (UserError, OSError) as e:
-        parser.exit(2, f"{parser.prog}: {e}\n")
+        run = torch.load(path, map_location="cpu", weights_only=True)
+        if model is not None:
+            model.load_state_dict(run["state_dict"])
+            model.eval()
+        return run["options"], run["seconds"]
+    except Exception as error:                              # the file can be anything
+        fail(f"--load {path} holds no such network ({str(error).splitlines()[0]})")
+
+
+def save(log, cfg, data, model, seconds, result, sweep, **extra):
+    """Write the weights and the log of a run (README: The log), and print the means."""
+    here = ("data", "out", "load", "name", "device", "bf16")            # not of the run
+    options = {key: value for key, value in vars(cfg).items() if key not in here}
+    runs, N = list(sweep.values()), len(result["macs"])
+    test = b"".join(part.cpu().numpy().tobytes() for part in data["test"])
+    meta = dict(
+        schema=2, name=cfg.name, script=SCRIPT, dataset=cfg.dataset, size=cfg.size, seed=cfg.seed,
+        options=options, test_sha256=hashlib.sha256(test).hexdigest(), static_macs=model.net.macs,
+        at_budget=summary(model, result), full=summary(model, runs[-1]), seconds=seconds,
+        torch=torch.__version__, date=time.strftime("%Y-%m-%d"), threads=torch.get_num_threads(),
+        device=torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU", **extra)
+    loss = [run["loss"].reshape(N, -1).mean(1) for run in runs]
+    correct = [(run["prediction"] == run["label"]).reshape(N, -1).mean(1) for run in runs]
+    arrays = {key: result[key] for key in ("label", "prediction", "macs")}
+    if cfg.text:
+        arrays["token_macs"] = result["token_macs"]
+    if "difficulty" in data:
+        arrays["difficulty"] = data["difficulty"]
+    part = log.with_suffix(".part")                         # half a log never looks like a log
+    with open(part, "wb") as file:
+        np.savez_compressed(
+            file, **arrays, loss=result["loss"].astype(np.float16), meta=json.dumps(meta),
+            sweep_budget=list(sweep), sweep_threshold=[run["threshold"] for run in runs],
+            sweep_macs=[run["macs"] for run in runs], sweep_loss=np.array(loss, np.float16),
+            sweep_correct=np.array(correct, np.float16))
+    torch.save(dict(options=options, state_dict=model.state_dict(), seconds=seconds),
+               log.with_suffix(".pt"))
+    part.replace(log)
+    for key in ("full", "at_budget", "wall_clock"):
+        print(f"{key}:", ", ".join(f"{name} {value:.4g}" for name, value in meta[key].items()))
+
+
+def draw(cfg, data, model, result, sweep):
+    """Quality against MACs; the cheapest and the dearest examples, the MACs of their tokens laid
+    over them -> figure, and a subfigure that is left to the mechanism."""
+    figure = Figure(figsize=(14, 8), layout="constrained")
+    top, bottom = figure.subfigures(2, 1)
+    left, free = top.subfigures(1, 2, width_ratios=(1, 3))
+    points = [summary(model, run) for run in sweep.values()]
+    quality = "loss" if cfg.text else "accuracy"
+    axis = left.subplots()
+    axis.plot([p["budget"] for p in points], [p[quality] for p in points], "o-")
+    axis.set(title=cfg.name, xlabel="MACs, share of the static network's", ylabel=quality)
+    count = 2 if cfg.text else 8
+    order = result["macs"].argsort(kind="stable")
+    for axis, i in zip(bottom.subplots(2, count).flat, [*order[:count], *order[-count:]]):
+        x = data["test"][0][i].cpu().numpy()
+        if cfg.text:
+            for t, code in enumerate(x):
+                axis.text(t % 16, t // 16, chr(code), ha="center", va="center", fontsize=7)
+        else:
+            axis.imshow(x.transpose(1, 2, 0), extent=(-0.5, 7.5, 7.5, -0.5))
+        axis.imshow(result["token_macs"][i].reshape(-1, 16 if cfg.text else 8), alpha=0.5, vmin=0,
+                    vmax=result["token_macs"].max(), aspect="auto")
+        axis.set_title(f"{result['macs'][i] / model.net.macs:.2f} of the MACs", fontsize=8)
+        axis.axis("off")
+    return figure, free
+
+
+def run_script():
+    """main(options()), where a problem with a file, or Ctrl-C, ends in one line."""
+    torch.backends.cudnn.allow_tf32 = False     # evaluation is float32, on a GPU as well
+    try:
+        main(options())
+    except OSError as error:
+        fail(error)
     except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: stopped\n")
+        fail("stopped")
 # === end shared ===
-
-
-# === shared: pictures ===
-def draw_tokens(axis, x, values, most, title):
-    """One example x (3, 32, 32) or (T,), with its values per token (T,), 0 to most, laid over it
-    unless there are none -> what a colour bar needs, or None."""
-    overlay = None
-    if x.ndim == 3:
-        axis.imshow(x.transpose(1, 2, 0), extent=(-0.5, 7.5, 7.5, -0.5))
-    if values is not None:
-        overlay = axis.imshow(values.reshape(-1, 8 if x.ndim == 3 else 16), vmin=0, vmax=most,
-                              alpha=0.55, aspect="equal" if x.ndim == 3 else "auto")
-    if x.ndim == 1:
-        for i, code in enumerate(x):
-            axis.text(i % 16, i // 16, chr(code).replace("\n", "↵").replace("$", r"\$"),
-                      ha="center", va="center", family="monospace", fontsize=7)
-    axis.set_title(title, fontsize=8)
-    axis.axis("off")
-    return overlay
-# === end shared ===
-
-
-@torch.no_grad()
-def activity(model, split):
-    """How often activations are above zero -> shares by example and layer (N, L), by example and
-    token (N, T), and by layer and neuron (L, H)."""
-    by_example, by_token, by_neuron = [], [], 0
-    for x in split[0].split(50):
-        fired = torch.stack(model.hidden(network_input(x))[1], 1).gt(0).float()     # (B, L, T, H)
-        by_example.append(fired.mean((2, 3)))
-        by_token.append(fired.mean((1, 3)))
-        by_neuron = by_neuron + fired.mean(2).sum(0) / len(split[0])
-    return [t.cpu().numpy() for t in (torch.cat(by_example), torch.cat(by_token), by_neuron)]
-
-
-def draw(path, cfg, data, result, by_example, by_token, by_neuron):
-    """Four views of the zeros: by layer, by neuron, by difficulty, and, for the examples with the
-    fewest and the most active neurons, by token."""
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    axes = figure.subplot_mosaic([["layers"] * 2 + ["neurons"] * 2 + ["hard"] * 2, list(range(6))],
-                                 height_ratios=(3, 2))
-    layers = range(1, 1 + by_example.shape[1])
-    axes["layers"].violinplot(list(by_example.T), layers, showmedians=True)
-    axes["layers"].set(title="Density of each layer, over examples", xlabel="layer",
-                       ylabel="share of activations > 0", xticks=layers, ylim=(0, None))
-    for layer, rate in zip(layers, by_neuron):
-        axes["neurons"].plot(np.linspace(0, 1, len(rate)), np.sort(rate), label=f"layer {layer}")
-    axes["neurons"].set(title="Firing rate of each neuron, sorted", xlabel="share of neurons",
-                        ylabel="share of tokens")
-    axes["neurons"].legend()
-
-    density, loss = by_example.mean(1), result["loss"].reshape(len(by_example), -1).mean(1)
-    for name, hardness in (("loss", loss), ("known difficulty", data.difficulty)):
-        if hardness is not None:
-            deciles = np.array_split(density[np.argsort(hardness, kind="stable")], 10)
-            means = [decile.mean() for decile in deciles]
-            axes["hard"].plot(range(1, 11), means, "o-", label=f"by {name}")
-    axes["hard"].set(title="Do hard examples need more neurons?", xlabel="decile, easy to hard",
-                     ylabel="mean density")
-    axes["hard"].legend()
-    order = np.argsort(density, kind="stable")
-    for axis, i in enumerate([*order[:3], *order[-3:]]):
-        name = "" if data.test[1].ndim > 1 else NAMES[cfg.dataset][data.test[1][i]]
-        overlay = draw_tokens(axes[axis], data.test[0][i].cpu().numpy(), by_token[i],
-                              by_token.max(),
-                              f"{name} {'fewest' if axis < 3 else 'most'}: {density[i]:.3f}")
-    figure.colorbar(overlay, ax=axes[5], label="density of a token")
-    figure.savefig(path, dpi=120)
-
-
-def main(cfg):
-    """Train, look at the zeros, skip them, log what every test example costs."""
-    print(f"{cfg.dataset}, size {cfg.size}, on {cfg.device}, seed {cfg.seed}")
-    torch.manual_seed(cfg.seed)
-    data = load_data(cfg)
-    model = Model(cfg).to(cfg.device)
-    log, picture = output_path(cfg, "logs", ".npz"), output_path(cfg, "figures", ".png")
-    seconds = train(model, data, cfg, objective)
-
-    threshold, (_, thresholds) = 0.0, calibrate(model, data.calibration)    # exact zeros: no budget
-    result = evaluate(model.skipping, data.test, threshold)
-    sweep = {t: evaluate(model.masked, data.test, t) for t in tqdm(thresholds, "sweep")}
-    by_example, by_token, by_neuron = activity(model, data.test)
-    zero_macs = (1 - by_example.mean()) * cfg.depth * cfg.tokens * 4 * cfg.width ** 2
-    zeros = dict(density_of_layers=by_example.mean(0).tolist(), density=float(by_example.mean()),
-                 neurons=by_neuron.size, dead_neurons=int((by_neuron == 0).sum()),
-                 always_on=int((by_neuron > 1 - 1e-6).sum()),
-                 bound=float(1 - 2 * zero_macs / model.dense_macs))
-    times = wall_clock(model, data.test[0], threshold, cfg)
-    meta = save_log(log, cfg, data, model, None, threshold, result, sweep, train_seconds=seconds,
-                    wall_clock=times, zeros=zeros)
-    draw(picture, cfg, data, result, by_example, by_token, by_neuron)
-
-    print(f"density {zeros['density']:.3f}; by layer", *(f"{d:.3f}" for d in by_example.mean(0)))
-    print(f"of {zeros['neurons']} neurons {zeros['dead_neurons']} never fire, "
-          f"{zeros['always_on']} always do; "
-          f"were zeros known beforehand, {zeros['bound']:.3f} of the dense MACs would do")
-    report(meta, log, picture)
 
 
 if __name__ == "__main__":
-    command_line(main)
+    run_script()

@@ -1,30 +1,27 @@
-"""Speed and memory of the scripts, as ratios to the dense twin. Four tables, one at a time:
+"""Speed and memory of the scripts, as ratios to the static network. One table at a time:
 
-    python tests/benchmark.py                       # skipping against the dense twin, in time and MACs
-    python tests/benchmark.py --table training      # examples/s and memory of training against the twin's
-    python tests/benchmark.py --table experts       # the experts' layer against dense MLPs
-    python tests/benchmark.py --table mlps          # what the MLPs are of the twin's MACs, and of its time
+    python tests/benchmark.py                       # skipping, in time and in MACs
+    python tests/benchmark.py --table training      # examples/s and memory of training
+    python tests/benchmark.py --table mlps          # the MLPs' share of the MACs, and of the time
 
-Models are untrained; their threshold spends about the middle of what it can on random input. Medians
-of runs by turns in one process (memory: a process for each); machines are noisy, so read the ratios.
+Models are untrained; their threshold is about in the middle of its range, in MACs, on random input.
+Medians of runs by turns in one process (memory: a process for each); machines are noisy, so read the
+ratios.
 """
 import argparse
-import itertools
 import re
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
-from conftest import NAMES, build, inputs, scripts, thresholds
+from conftest import NAMES, build, configure, inputs, scripts, thresholds
 
-moe = scripts["moe"]
 DATASETS = ("shapes", "pydoc")
+STATIC = scripts["relu_sparsity"]
 
 
 def print_row(*cells):
@@ -32,141 +29,101 @@ def print_row(*cells):
 
 
 def stored(x):
-    """Inputs as a Data holds them."""
+    """Inputs as load_data returns them."""
     return (x * 0.25 + 0.47).clamp(0, 1).mul(255).byte() if x.ndim == 4 else x.byte()
 
 
+def median_seconds(runs, repeats=10):
+    """{name: function} -> {name: seconds}, by turns, after a warm-up."""
+    seconds = {name: [] for name in runs}
+    for _ in range(3 + repeats):
+        for name, function in runs.items():
+            began = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: np.median(taken[3:]) for name, taken in seconds.items()}
+
+
+@torch.no_grad()
 def skipping(size):
-    """MACs and milliseconds of `skipping` against the twin's forward pass, as the scripts log it."""
-    print_row("script", "data", "MACs / dense", "dense ms, batch 1", "skipping / dense",
-              "dense ms, batch 256", "skipping / dense")
+    """MACs and milliseconds of `skipping`, as the scripts log them."""
+    print_row("script", "data", "MACs / static", "static ms, batch 1", "skipping / static",
+              "static ms, batch 256", "skipping / static")
     print_row(*["---"] * 7)
-    for name in NAMES:
+    for name, script in scripts.items():
         for dataset in DATASETS:
-            script, x = scripts[name], inputs(dataset, size, 512)
-            model = build(script, dataset, size)
-            cfg = script.Config(dataset=dataset, size=size, device="cpu")
-            threshold = model.full if name == "relu_sparsity" else thresholds(model, x, (0.5,))[0]
-            labels = torch.zeros(512, *([cfg.tokens] * cfg.text)).byte()
-            macs = script.evaluate(model.skipping, (stored(x), labels), threshold)["macs"].mean()
-            ms = script.wall_clock(model, stored(x), threshold, cfg)
-            cells = [f"{ms[f'{run}_ms_batch_{b}'] / (1 if run == 'dense' else ms[f'dense_ms_batch_{b}']):.2f}"
-                     for b in (1, 256) for run in ("dense", "skipping")]
-            print_row(name, dataset, f"{macs / model.dense_macs:.3f}", *cells)
+            model, x = build(script, dataset, size), inputs(dataset, size, 512)
+            threshold = model.full if script is STATIC else thresholds(model, x, (0.5,))[0]
+            macs = model.skipping(x[:256], threshold)[1].double().mean() / model.net.macs
+            ms = script.wall_clock(model, stored(x), threshold)
+            cells = [f"{ms[f'{run}_ms_batch_{b}'] / (1 if run == 'static' else ms[f'static_ms_batch_{b}']):.2f}"
+                     for b in (1, 256) for run in ("static", "skipping")]
+            print_row(name, dataset, f"{macs:.3f}", *cells)
 
 
 def step_of(name, dataset, size):
     """A function that takes one training step, and how many examples that is."""
-    script = scripts[name]
-    cfg = script.Config(dataset=dataset, size=size, device="cpu")
+    script, cfg = scripts[name], configure(scripts[name], dataset, size)
     model, x = build(script, dataset, size).train(), inputs(dataset, size, cfg.batch)
     y = torch.randint(10, (cfg.batch, cfg.tokens) if cfg.text else (cfg.batch,))
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
-    bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    matrices = model.matrices()
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    optimizers = [torch.optim.Muon(matrices, 1e-3, adjust_lr_fn="original"), torch.optim.AdamW(others, 1e-3)]
 
     def step():
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = script.objective(model, x, y)[0]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        model.zero_grad()
+        model.loss(x, y, 0.5)[0].backward()
+        for optimizer in optimizers:
+            optimizer.step()
     return step, cfg.batch
 
 
 def training(size):
-    """Examples/s of a training step, against the static twin's (relu_sparsity trains just that), and
-    the most memory that a process needs which takes three of them."""
-    print_row("script", "data", "examples/s", "of the twin's", "peak memory, MB", "of the twin's")
+    """Examples/s of a training step, against the static network's (relu_sparsity trains just that),
+    and the most memory that a process needs which takes three of them."""
+    print_row("script", "data", "examples/s", "of the static", "peak memory, MB", "of the static")
     print_row(*["---"] * 6)
     for dataset in DATASETS:
         steps = {name: step_of(name, dataset, size) for name in NAMES}
-        seconds, memory = {name: [] for name in NAMES}, {}
-        for i in range(3 + 10):
-            for name, (step, _) in steps.items():
-                start = time.perf_counter()
-                step()
-                seconds[name].append(time.perf_counter() - start)
+        seconds = median_seconds({name: step for name, (step, _) in steps.items()})
+        memory = {name: int(subprocess.check_output(
+            [sys.executable, __file__, "--size", size, "--memory-of", name, dataset])) for name in NAMES}
         for name in NAMES:
-            command = [sys.executable, __file__, "--size", size, "--memory-of", name, dataset]
-            memory[name] = int(subprocess.check_output(command))
-        speed = {name: steps[name][1] / np.median(seconds[name][3:]) for name in NAMES}
-        for name in NAMES:
-            print_row(name, dataset, f"{speed[name]:.0f}", f"{speed[name] / speed['relu_sparsity']:.2f}",
+            print_row(name, dataset, f"{steps[name][1] / seconds[name]:.0f}",
+                      f"{seconds['relu_sparsity'] / seconds[name]:.2f}",
                       f"{memory[name]:,}", f"{memory[name] / memory['relu_sparsity']:.2f}")
 
 
-def experts(size, repeats=20):
-    """`dispatch` and its router, forward and backward in float32, against the dense MLP of as many MACs
-    and that of as many parameters, at the load of the default budget: the default experts, and half as
-    many of twice the size."""
-    print_row("data", "experts", "tokens", "layer", "forward ms", "forward and backward ms",
-              "of the dense of equal MACs")
-    print_row(*["---"] * 7)
-    for dataset, halves, tokens in itertools.product(DATASETS, (1, 2), (4096, 16384)):
-        cfg = moe.Config(dataset=dataset, size=size, device="cpu")
-        cfg = replace(cfg, experts=cfg.experts // halves, hidden=cfg.hidden * halves)
-        model = moe.Model(cfg)
-        block, router, (C, E, h) = model.twin.blocks[0], model.routers[0], (
-            model.twin.width, model.experts, model.hidden)
-        x = torch.randn(tokens, C, requires_grad=True)
-        needed = moe.need(router(x).softmax(-1).detach(), "top_p")
-        chosen = needed < moe.threshold_for(needed, model.k)
-
-        def routed(x):
-            p = router(x).softmax(-1)
-            moe.need(p.detach(), "top_p")
-            return moe.dispatch(x, p * chosen, block.up, block.down)
-
-        same_macs = round(model.k * h + E / 2)              # its router counts, too
-        runs = {f"dense, {name}": nn.Sequential(nn.Linear(C, n), nn.ReLU(), nn.Linear(n, C))
-                for name, n in (("equal MACs", same_macs), ("equal parameters", E * h))}
-        runs["experts"], seconds = routed, {}
-        for i in range(3 + repeats):
-            for name, run in runs.items():
-                start = time.perf_counter()
-                y = run(x)
-                middle = time.perf_counter()
-                y.square().sum().backward()
-                seconds.setdefault(name, []).append((middle - start, time.perf_counter() - start))
-        medians = {name: 1000 * np.median(s[3:], 0) for name, s in seconds.items()}
-        for name, (forward, both) in medians.items():
-            print_row(dataset, f"{E} of {h}", f"{tokens:,}", name, f"{forward:.2f}", f"{both:.2f}",
-                      f"{both / medians['dense, equal MACs'][1]:.2f}")
-
-
 @torch.no_grad()
-def mlps(size, repeats=10):
-    """The MLPs' share of the twin's MACs, and of its time in batches of 256: the dense forward pass
+def mlps(size):
+    """The MLPs' share of the static network's MACs, and of its time in batches of 256: the forward pass
     with and without them. Who saves MACs in MLPs alone cannot save more than that share of the time."""
     print_row("data", "of the MACs", "of the time")
     print_row(*["---"] * 3)
     for dataset in DATASETS:
-        script = scripts["relu_sparsity"]
-        twin, x = build(script, dataset, size).twin, inputs(dataset, size, 256)
+        net, x = build(STATIC, dataset, size).net, inputs(dataset, size, 256)
 
         def without():
-            tokens = twin.embed(x)
-            for block in twin.blocks:
-                tokens = block.attend(tokens)
-            return twin.readout(tokens)
+            tokens = net.embed(x)
+            for block in net.blocks:
+                tokens = tokens + block.mix(tokens)
+            return net.head(tokens)
 
-        seconds = {}
-        for i in range(3 + repeats):
-            for run in (without, lambda: twin(x)):
-                start = time.perf_counter()
-                run()
-                seconds.setdefault(run is without, []).append(time.perf_counter() - start)
-        medians = {key: np.median(s[3:]) for key, s in seconds.items()}
-        macs = twin.tokens * len(twin.blocks) * twin.blocks[0].mlp_macs / twin.dense_macs
-        print_row(dataset, f"{macs:.3f}", f"{1 - medians[True] / medians[False]:.3f}")
+        def whole():
+            return net(x)
+
+        seconds = median_seconds(dict(whole=whole, without=without))
+        C = net.out.in_features
+        macs = len(net.blocks) * net.position.shape[0] * 8 * C * C / net.macs
+        print_row(dataset, f"{macs:.3f}", f"{1 - seconds['without'] / seconds['whole']:.3f}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = dict(skipping=skipping, training=training, experts=experts, mlps=mlps)
-    parser.add_argument("--table", choices=tables, default="skipping")
-    parser.add_argument("--size", default="small", choices=("tiny", "small", "base"))
+    tables = dict(skipping=skipping, training=training, mlps=mlps)
+    parser.add_argument("--table", choices=tables, default="skipping", help="default: skipping")
+    parser.add_argument("--size", default="small", choices=("tiny", "small", "base"), help="default: small")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 import compare_rankings as script
-from conftest import NAMES, ROOT, scripts
-from results import save_slim
+from conftest import NAMES, ROOT, configure, scripts
 
 FIVE, DENSE = script.METHODS, 1000000
 
@@ -48,7 +47,7 @@ def simulate(folder, methods=FIVE, seeds=range(3), N=1500, shared=0.5, own=0.3, 
             loss = np.exp(latent + 0.5 * rng.standard_normal(N)).astype(np.float32)
             right = loss < np.quantile(loss, 0.7)
             prediction = np.where(right, label, (label + 1) % 10)
-            arrays = dict(example=np.arange(N), label=label, prediction=prediction, loss=loss, macs=macs,
+            arrays = dict(label=label, prediction=prediction, loss=loss, macs=macs,
                           sweep_threshold=shift[:, 0], sweep_macs=sweep,
                           sweep_loss=np.tile(loss, (9, 1)),
                           sweep_correct=np.tile(right, (9, 1)).astype(np.float32))
@@ -58,10 +57,10 @@ def simulate(folder, methods=FIVE, seeds=range(3), N=1500, shared=0.5, own=0.3, 
                               prediction=rng.integers(97, 107, (N, T)),
                               token_macs=macs[:, None] // T + rng.integers(1000, size=(N, T)))
             clock = {f"{run}_ms_batch_{batch}": 2.0 + (run == "skipping") * rng.random()
-                     for run in ("dense", "skipping") for batch in (1, 256)}
-            meta = dict(schema=1, method=method, dataset="shakespeare" if text else "cifar10", size="tiny",
-                        seed=seed, test_sha256="0" * 64, dense_macs=DENSE, wall_clock=clock,
-                        budget_wanted=0.7)
+                     for run in ("static", "skipping") for batch in (1, 256)}
+            meta = dict(schema=2, name=method, script=method, dataset="shakespeare" if text else "cifar10", size="tiny",
+                        seed=seed, test_sha256="0" * 64, static_macs=DENSE, wall_clock=clock,
+                        options=dict(budget=0.7, width=32, depth=2))
             first = arrays if not paths else first
             if change and change(arrays, meta, len(paths)) == "skip":
                 continue
@@ -343,51 +342,6 @@ def test_people_and_known_difficulty_are_rows(run, tmp_path, monkeypatch):
         assert f"| {row}" in report
 
 
-def test_slim_logs_give_the_same_report(run, tmp_path, monkeypatch):
-    few_samples(monkeypatch)
-    simulate(tmp_path, FIVE, range(2), N=3000)
-    simulate(tmp_path, ["mine"], range(2), N=3000)
-    for path in tmp_path.glob("*.npz"):
-        save_slim(script.load(path), tmp_path / "slim")
-    folder = tmp_path / "slim/cifar10-tiny"
-    assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in tmp_path.glob("*.npz"))
-    for path in folder.iterdir():
-        assert path.stat().st_size < 0.5 * (tmp_path / path.name).stat().st_size
-    reports = []
-    for logs in tmp_path, folder:
-        assert run(logs)[0] == 0
-        reports.append((tmp_path / "figures/cifar10-tiny/report.md").read_text())
-    assert reports[0] == reports[1]
-
-
-def test_slim_logs_of_text_keep_what_is_per_token(run, tmp_path, monkeypatch):
-    few_samples(monkeypatch)
-    few_tokens = lambda arrays, meta, count: arrays.update(
-        token_macs=arrays["token_macs"] // 1000 * 1000) if count % 2 else None
-    paths = simulate(tmp_path, FIVE[:3], range(2), text=True, change=few_tokens)
-    for path in tmp_path.glob("*.npz"):
-        save_slim(script.load(path), tmp_path / "slim")
-    reports = []
-    for path in paths:
-        whole, slim = script.load(path), script.load(tmp_path / "slim/shakespeare-tiny" / path.name)
-        assert np.array_equal(whole.right, slim.right) and np.array_equal(whole.macs, slim.macs)
-        assert abs(whole.tokens - slim.tokens).max() <= np.ptp(whole.tokens) / 30 + 1
-        assert len(np.unique(slim.tokens)) <= 16
-        assert (slim.label is not None) == (slim.loss is not None) == (path.name[:4] == "relu")
-    assert np.array_equal(whole.label, script.load(tmp_path / "slim/shakespeare-tiny/relu_sparsity-s0.npz").label)
-    first = script.load(paths[0]), script.load(tmp_path / "slim/shakespeare-tiny" / paths[0].name)
-    assert abs(np.minimum(first[0].loss, 255 / 8) - first[1].loss).max() <= 1 / 16
-    assert run(tmp_path / "slim/shakespeare-tiny")[0] == 0
-    report = (tmp_path / "figures/shakespeare-tiny/report.md").read_text()
-    assert "## Per token" in report and "Left out" not in report
-    assert report.count("shuffled inside classes") == 1         # of characters; windows have no class
-    (tmp_path / "slim/shakespeare-tiny/relu_sparsity-s0.npz").unlink()
-    (tmp_path / "slim/shakespeare-tiny/relu_sparsity-s1.npz").unlink()
-    assert run(tmp_path / "slim/shakespeare-tiny")[0] == 0      # nobody else has the labels
-    report = (tmp_path / "figures/shakespeare-tiny/report.md").read_text()
-    assert "## Per token" not in report and "everything per token: labels" in report
-
-
 def test_a_log_of_ones_own(run, tmp_path, monkeypatch):
     """Nothing but what the README lists as needed: no token_macs, no difficulty, no clock."""
     few_samples(monkeypatch)
@@ -443,7 +397,7 @@ def test_logs_of_other_epochs_are_refused_whichever_comes_first(tmp_path):
     epochs = iter((None, 2, 3))
 
     def change(arrays, meta, count):
-        meta["config"] = dict(epochs=next(epochs))
+        meta["options"] = dict(epochs=next(epochs))
 
     paths = simulate(tmp_path, ["brightness", *FIVE[1:3]], [0], change=change)
     with pytest.raises(script.UserError, match="number of epochs is not that of .*early_exit-s0"):
@@ -471,7 +425,7 @@ def test_without_reliability_it_says_why(run, tmp_path, monkeypatch):
 def test_costs_of_characters_do_not_overflow(tmp_path):
     """Costs of the default size on a GPU, 256 characters of 11,845,632 MACs each, are 1 of the dense."""
     T, dense = 256, 256 * 11_845_632
-    meta = dict(dataset="shakespeare", size="base", method="relu_sparsity", seed=0, dense_macs=dense)
+    meta = dict(dataset="shakespeare", size="base", name="relu_sparsity", seed=0, static_macs=dense)
     tokens = np.full((20, T), dense // T, np.int32)
     tokens[:, 0] -= 1000
     values = dict(views=np.ones((5, 20)), curve=np.ones((2, 3)), quality=1.0, right=tokens > 0,
@@ -498,39 +452,33 @@ def test_spread_and_what_cannot_be_told():
 
 # --- Refusals -----------------------------------------------------------------------------------------------
 
-def swap(a, i=0, j=1):
-    a[[i, j]] = a[[j, i]]
-
-
 def break_log(what):
     """A change to the second of two logs; returns "skip" where that log is not written at all."""
     def change(arrays, meta, count):
         if count == 0:
-            meta["config"] = dict(epochs=2, lr=0.003)
+            meta["options"] = dict(epochs=2, lr=0.003)
             return None
         N = len(arrays["macs"])
         if what == "split":
             meta["test_sha256"] = "1" * 64
         elif what == "data set":
             meta["dataset"] = "shapes"
-        elif what == "order":
-            swap(arrays["example"])
         elif what == "permuted":
             order = np.random.default_rng(3).permutation(N)
             for key in ("label", "prediction", "loss", "macs"):
                 arrays[key] = arrays[key][order]
         elif what == "schema":
-            meta["schema"] = 2
+            meta["schema"] = 1
         elif what == "epochs":
-            meta["config"] = dict(epochs=3)
+            meta["options"] = dict(epochs=3)
         elif what == "budget of 0":
-            meta["dense_macs"] = 0
+            meta["static_macs"] = 0
         elif what == "elsewhere":
             meta["dataset"] = "../../elsewhere"
         elif what == "another recipe":
-            meta.update(method="relu_sparsity", seed=1, config=dict(epochs=2, lr=0.1))
+            meta.update(name="relu_sparsity", seed=1, options=dict(epochs=2, lr=0.1))
         elif what == "missing":
-            del arrays["sweep_macs"], meta["dense_macs"]
+            del arrays["sweep_macs"], meta["static_macs"]
         elif what == "shape":
             arrays["loss"] = arrays["loss"][:-1]
         elif what == "fewer":
@@ -541,22 +489,19 @@ def break_log(what):
         elif what == "words":
             arrays["loss"] = arrays["loss"].astype(str)
         elif what == "one method":
-            meta["method"], meta["seed"] = "relu_sparsity", 5
+            meta["name"], meta["seed"] = "relu_sparsity", 5
         elif what == "twice":
-            meta["method"] = "relu_sparsity"
-        elif what == "skip":
-            return "skip"
+            meta["name"] = "relu_sparsity"
     return change
 
 
 @pytest.mark.parametrize("what, message", (
     ("split", "its test split is not that of"), ("data set", "(cifar10, not shapes)"),
-    ("order", "not in the order of the test split"), ("permuted", "order of labels is not that of"),
-    ("schema", "unknown schema"), ("epochs", "number of epochs is not that of"), ("missing", "dense_macs, sweep_macs"),
+    ("permuted", "order of labels is not that of"),
+    ("schema", "unknown schema"), ("epochs", "number of epochs is not that of"), ("missing", "static_macs, sweep_macs"),
     ("budget of 0", "of the wrong kind"), ("elsewhere", "of the wrong kind"),
     ("another recipe", "was trained with lr 0.003, not 0.1 as "), ("shape", "loss has shape"), ("fewer", "examples is not that of"), ("NaN", "loss holds NaN"),
-    ("words", "loss is not numeric"), ("one method", "at least two"), ("twice", "the same method and seed"),
-    ("skip", "at least two")))
+    ("words", "loss is not numeric"), ("one method", "at least two"), ("twice", "the same method and seed")))
 def test_refusals(what, message, run, tmp_path):
     simulate(tmp_path, FIVE[:2], [0], change=break_log(what))
     status, printed, errors = run(tmp_path)
@@ -627,56 +572,53 @@ def test_help_explains_every_option(run):
 
 # --- Training what is missing -------------------------------------------------------------------------------
 
-def test_train_from_nothing_and_resume(run, tmp_path, monkeypatch):
-    """Two scripts, one of which fails at first; then what is missing; then other options are asked for."""
+def test_static_networks_are_a_table_and_no_rankings(run, tmp_path, monkeypatch):
+    """Alone they make a report of their own; beside methods they are no methods."""
     few_samples(monkeypatch)
-    monkeypatch.setattr(script, "HERE", tmp_path)
-    for name in FIVE[:2]:
-        (tmp_path / f"{name}.py").write_bytes((ROOT / f"{name}.py").read_bytes())
-    source = (tmp_path / "early_exit.py").read_text()
-    (tmp_path / "early_exit.py").write_text(source.replace(
-        "def main(cfg):", "def main(cfg):\n    raise UserError('no luck')", 1))
-    options = ("--train", "--dataset", "pydoc", "--size", "tiny", "--seeds", 1, "--device", "cpu")
+
+    def small(arrays, meta, count):
+        if count % 2:
+            meta.update(name="depth_1", static_macs=DENSE // 2, seconds=90.0)
+            meta["options"] = dict(meta["options"], depth=1)
+
+    simulate(tmp_path, FIVE[:1] * 2, [0], change=small)
+    for path in tmp_path.glob("*.npz"):                     # the second stands in the first one's place
+        path.rename(tmp_path / "depth_1-s0.npz")
+    simulate(tmp_path, FIVE[:1], [0, 1])
+    status, printed, errors = run(tmp_path)
+    assert status == 0, errors
+    assert "| relu_sparsity | 32 | 2 | 1.00 M | 1.00 | unknown | 0, 1 |" in printed
+    assert "| depth_1 | 32 | 1 | 0.50 M | 0.50 | 1.5 | 0 |" in printed
+    simulate(tmp_path, FIVE[1:2], [0, 1])
+    status, printed, _ = run(tmp_path)
+    report = (tmp_path / "figures/cifar10-tiny/report.md").read_text()
+    assert status == 0 and "relu_sparsity and early_exit" in printed and "depth_1" not in printed
+    assert "| depth_1 | 32 | 1 | 0.50 M | 0.50 | 1.5 | 0 |" in report
+
+
+def test_train_from_nothing_and_resume(run, tmp_path):
+    """What is missing, and no more; other options are refused."""
+    options = ("--train", "--dataset", "pydoc", "--size", "tiny", "--seeds", 2, "--device", "cpu")
     status, printed, errors = run(*options, "--steps", 5)
     logs = tmp_path / "logs/pydoc-tiny"
-    assert status == 2 and [path.name for path in logs.iterdir()] == ["relu_sparsity-s0.npz"]
-    assert errors.endswith("logs of one method only; at least two are needed\n")
-    assert "early_exit-s0 failed (exit status 2):\n    early_exit.py: no luck" in errors
-    for absent in FIVE[2:]:
-        assert f"{absent}.py is not in" in errors
+    assert status == 0, errors
+    assert sorted(path.name for path in logs.glob("*.npz")) == ["relu_sparsity-s0.npz", "relu_sparsity-s1.npz"]
     assert "runs:" in errors and "Traceback" not in errors                          # the bar of the runs,
-    assert "relu_sparsity, seed 0: train:" in errors                                # and those below it
-
-    (tmp_path / "early_exit.py").write_text(source)
-    kept = {path: path.stat().st_mtime_ns for path in logs.iterdir()}
-    status, printed, errors = run(*options, "--steps", 5, "--jobs", 2)
-    assert status == 1 and len(list(logs.iterdir())) == 2 and " failed" not in errors   # three are absent
-    assert "relu_sparsity and early_exit" in printed                                # compared all the same
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept                     # and not again
-    report = (tmp_path / "figures/pydoc-tiny/report.md").read_text()
-    assert "## Per token" in report and "passages.png" in report
-
-    for other, message in ((("--steps", 6), "relu_sparsity-s0.npz: was trained with steps 5, not 6"),
-                           (("--steps", 5, "--budget", 0.8),
-                            "early_exit-s0.npz: was trained with budget 0.7, not 0.8")):
-        status, _, errors = run(*options, *other)
-        assert status == 2 and errors.count("\n") == 1 and message in errors
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert "relu_sparsity, seed 0: " in errors                                      # and those below it
+    assert "| relu_sparsity | 32 | 2 |" in (tmp_path / "figures/pydoc-tiny/report.md").read_text()
+    (logs / "relu_sparsity-s1.npz").unlink()
+    kept = (logs / "relu_sparsity-s0.npz").stat().st_mtime_ns
+    assert run(*options, "--steps", 5)[0] == 0 and (logs / "relu_sparsity-s1.npz").exists()
+    assert (logs / "relu_sparsity-s0.npz").stat().st_mtime_ns == kept                # and not again
+    status, _, errors = run(*options, "--steps", 6)
+    assert status == 2 and errors.count("\n") == 1
+    assert "relu_sparsity-s0.npz: was trained with steps 5, not 6" in errors
 
 
 SLEEPER = """
-import sys, time
-from dataclasses import dataclass
-class UserError(Exception):
-    pass
-@dataclass
-class Config:
-    dataset: str
-    data: str
-    out: str
-    seed: int
-    size: str = "tiny"
-    device: str = "cpu"
+import argparse, time
+def options(argv):
+    return argparse.Namespace(dataset="pydoc", size="tiny", device="cpu")
 if __name__ == "__main__":
     print("child", flush=True)
     time.sleep(100)
@@ -686,7 +628,7 @@ if __name__ == "__main__":
 def test_stopping_with_ctrl_c(tmp_path):
     """In a process of its own, while a child runs: exit status 130, and the child ends too."""
     (tmp_path / "compare_rankings.py").write_bytes((ROOT / "compare_rankings.py").read_bytes())
-    (tmp_path / f"{FIVE[1]}.py").write_text(SLEEPER)
+    (tmp_path / f"{FIVE[0]}.py").write_text(SLEEPER)
     process = subprocess.Popen([sys.executable, "compare_rankings.py", "--train", "--dataset", "pydoc"],
                                cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     said = b""
@@ -702,11 +644,12 @@ def test_stopping_with_ctrl_c(tmp_path):
 def test_strips_show_the_images_of_the_logs(run, tmp_path, monkeypatch):
     """Images only where their checksum is that of the logs."""
     few_samples(monkeypatch, pictures=True)
-    data = scripts[NAMES[0]].load_data(scripts[NAMES[0]].Config(dataset="shapes", size="tiny", device="cpu"))
+    data = scripts[NAMES[0]].load_data(configure(scripts[NAMES[0]]))
+    digest = hashlib.sha256(data["test"][0].numpy().tobytes() + data["test"][1].numpy().tobytes())
 
     def real(arrays, meta, count):
-        meta.update(dataset="shapes", test_sha256=data.sha256)
-        arrays.update(label=data.test[1].numpy(), difficulty=data.difficulty)
+        meta.update(dataset="shapes", test_sha256=digest.hexdigest())
+        arrays.update(label=data["test"][1].numpy(), difficulty=data["difficulty"])
     simulate(tmp_path, FIVE[:3], range(2), N=4000, change=real)
     status, _, errors = run(tmp_path)
     report = (tmp_path / "figures/shapes-tiny/report.md").read_text()
@@ -714,7 +657,7 @@ def test_strips_show_the_images_of_the_logs(run, tmp_path, monkeypatch):
     assert (tmp_path / "figures/shapes-tiny/strips.png").stat().st_size > 100000
     log = script.load(tmp_path / "early_exit-s0.npz")
     images, names = script.test_images(log, tmp_path)
-    assert np.array_equal(images, data.test[0].numpy()) and len(names) == 10
+    assert np.array_equal(images, data["test"][0].numpy()) and len(names) == 10
     log.meta["test_sha256"] = "0" * 64
     with pytest.raises(script.UserError, match="not what the logs are about"):
         script.test_images(log, tmp_path)

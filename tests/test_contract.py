@@ -1,12 +1,19 @@
-"""What every script promises: forward, masked and skipping agree, and the MACs are those that ran."""
+"""The promises of every script: dense, masked and skipping agree, and the MACs are those that ran."""
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import build, inputs, scripts, thresholds
+from conftest import build, configure, inputs, scripts, thresholds
 
 DATASETS = ("shapes", "pydoc")
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
+
+@pytest.fixture
+def no_gradients(request):
+    with torch.set_grad_enabled("trains" in request.node.name):
+        yield
 
 
 def embedding_bag_flops(weight_shape, indices_shape, *args, **kwargs):
@@ -28,12 +35,10 @@ def executed_macs(run, *args):
 
 @pytest.mark.parametrize("size", ("tiny", "small", "base"))
 @pytest.mark.parametrize("dataset", DATASETS)
-def test_dense_macs_are_those_of_the_twin(script, dataset, size):
-    cfg = script.Config(dataset=dataset, size=size, device="cpu")
-    twin = script.Twin(cfg).eval()
-    with torch.no_grad():
-        assert executed_macs(twin, inputs(dataset, size, 1))[0] == twin.dense_macs
-    assert script.Model(cfg).dense_macs == twin.dense_macs
+def test_macs_of_the_static_network(script, dataset, size):
+    for options in ((), ("--width", "24", "--depth", "3")):
+        net = script.StaticNet(configure(script, dataset, size, *options)).eval()
+        assert executed_macs(net, inputs(dataset, size, 1))[0] == net.macs
 
 
 @pytest.mark.parametrize("size", ("tiny", "small", "base"))
@@ -43,14 +48,14 @@ def test_macs_are_what_ran(script, dataset, size):
     model, x = build(script, dataset, size), inputs(dataset, size, 1 if size == "base" else 3)
     seen = set()
     for threshold in thresholds(model, x):
-        for i in range(len(x)):
-            executed, (_, macs, token_macs) = executed_macs(model.skipping, x[i:i + 1], threshold)
+        for example in x.split(1):
+            executed, (_, macs, token_macs) = executed_macs(model.skipping, example, threshold)
             assert executed == macs.item()
             assert macs.dtype == token_macs.dtype == torch.int64
-            assert token_macs.shape == (1, model.twin.position.shape[0])
+            assert token_macs.shape == (1, model.net.position.shape[0])
             assert 0 <= token_macs.sum() <= macs
             seen.add(macs.item())
-    assert len(seen) > 1       # the thresholds did make a difference
+    assert len(seen) > 1                        # the thresholds did make a difference
 
 
 def test_shorter_texts_cost_less(script):
@@ -68,8 +73,8 @@ def test_shorter_texts_cost_less(script):
 
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_masked_says_what_skipping_does(script, dataset):
-    """In float32 as it is used, and in float64, where no rounding can turn a decision: a ReLU has so
-    many of them that in float32 a few may fall to the other side."""
+    """In float32 as it is used, and in float64, where no rounding can turn a decision: a ReLU network
+    takes so many of them that in float32 a few may fall to the other side."""
     x = inputs(dataset, count=16)
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
         model = build(script, dataset).to(dtype)
@@ -78,10 +83,22 @@ def test_masked_says_what_skipping_does(script, dataset):
             masked, skipping = model.masked(v, threshold), model.skipping(v, threshold)
             assert torch.allclose(masked[0], skipping[0], atol=tolerance, rtol=0)
             assert masked[1].shape == (16,) and masked[2].shape == (16, 64)
-            if dtype == torch.float64 or script.__name__ != "relu_sparsity":
+            if dtype == torch.float64 or script.SCRIPT != "relu_sparsity":
                 assert torch.equal(masked[1], skipping[1]) and torch.equal(masked[2], skipping[2])
             else:
                 assert (masked[2] != skipping[2]).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_dense_takes_decisions(script, dataset):
+    """Those of a threshold give what the threshold gives; those of another input do not."""
+    model, x = build(script, dataset), inputs(dataset)
+    threshold = thresholds(model, x, (0.5,))[0]
+    logits, decisions = model.dense(x, threshold)
+    hard = [(d > 0).float() for d in decisions]
+    assert torch.allclose(model.dense(x, decisions=hard)[0], logits, atol=1e-5)
+    others = [d.flip(0) for d in hard]
+    assert not torch.allclose(model.dense(x, decisions=others)[0], logits, atol=1e-3)
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
@@ -124,27 +141,58 @@ def test_evaluation_is_free_of_noise(script, dataset):
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
-def test_forward_trains_everything(script, dataset):
-    """Shapes as promised, and a gradient for every parameter."""
+def test_the_loss_trains_everything(script, dataset):
+    """A scalar, finite numbers for the progress bar, and a gradient for every parameter."""
     model, x = build(script, dataset).train(), inputs(dataset, count=16)
-    logits, aux_loss = model(x)
     classes = 128 if dataset == "pydoc" else 10
-    assert logits.shape == ((16, 64, classes) if dataset == "pydoc" else (16, classes))
-    assert torch.as_tensor(aux_loss).ndim == 0
-    y = torch.randint(classes, logits.shape[:-1])
-    script.objective(model, x, y)[0].backward()
+    for progress in (0.0, 0.5, 1.0):
+        loss, shown = model.loss(x, torch.randint(classes, (16, 64) if dataset == "pydoc" else (16,)),
+                                 progress)
+        assert loss.ndim == 0 and all(np.isfinite(value.item()) for value in shown.values())
+        loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("name, part", (("early_exit", "gates"), ("gumbel_gates", "gates"),
-                                        ("moe", "routers"), ("token_boost", "gates")))
-def test_what_decides_is_float32_also_under_autocast(name, part):
-    options, seen = dict(loss="branching") if name == "early_exit" else {}, []
-    model = build(scripts[name], "shapes", **options).train()
-    for module in getattr(model, part).modules():
-        if isinstance(module, torch.nn.Linear):
-            module.register_forward_hook(lambda module, x, y: seen.extend((x[0].dtype, y.dtype)))
-    with torch.autocast("cpu", torch.bfloat16):
-        model(inputs("shapes", count=16))
-    assert len(seen) >= 2 and set(seen) == {torch.float32}
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_muon_gets_matrices_of_blocks_only(script, dataset):
+    model = build(script, dataset)
+    inside = {id(p) for p in model.net.blocks.parameters()}
+    matrices = model.matrices()
+    assert len(matrices) >= 2 * len(model.net.blocks)
+    assert all(p.ndim == 2 and id(p) in inside for p in matrices)
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_a_token_that_skips_the_mlp_keeps_its_state(dataset):
+    """The convolution reads the residual stream and leaves it alone."""
+    script = scripts["relu_sparsity"]
+    block = build(script, dataset).net.blocks[0]
+    x = torch.randn(2, 64, 32)
+    with torch.no_grad():
+        for parameter in block.mlp.parameters():
+            parameter.zero_()
+    assert torch.equal(block(x), x)
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_convolution_by_hand(dataset):
+    """Tokens within reach of the kernel mix, channel by channel; on text only those before."""
+    script = scripts["relu_sparsity"]
+    block = build(script, dataset).net.blocks[0]
+    weight, bias, k = block.conv.weight, block.conv.bias, block.conv.weight.shape[2]
+    x = torch.randn(1, 64, 32)
+    z, mixed = block.norm(x)[0], block.mix(x)[0]
+    for token in (0, 9, 27, 63):
+        expected = z[token] + bias
+        for i in range(k):
+            for j in range(weight.shape[3]):
+                if dataset == "pydoc":
+                    neighbour = token - (k - 1) + i
+                    inside = neighbour >= 0
+                else:
+                    row, column = token // 8 + i - k // 2, token % 8 + j - k // 2
+                    neighbour, inside = 8 * row + column, 0 <= row < 8 and 0 <= column < 8
+                if inside:
+                    expected += weight[:, 0, i, j] * z[neighbour]
+        assert torch.allclose(mixed[token], expected, atol=1e-5)

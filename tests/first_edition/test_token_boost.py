@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import token_boost as script
-from conftest import build, inputs
+from first_edition.conftest import build, inputs
 
 DATASETS = ("shapes", "pydoc")
 

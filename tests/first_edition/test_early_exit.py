@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import early_exit as script
-from conftest import build, inputs
+from first_edition.conftest import build, inputs
 
 DATASETS = ("shapes", "pydoc")
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import gumbel_gates as script
-from conftest import build, inputs, thresholds
+from first_edition.conftest import build, inputs, thresholds
 from test_contract import executed_macs
 
 CASES = [(grain, dataset) for grain in ("layer", "token", "head") for dataset in ("shapes", "pydoc")]

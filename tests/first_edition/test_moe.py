@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import moe as script
-from conftest import build, inputs, thresholds
+from first_edition.conftest import build, inputs, thresholds
 from test_contract import executed_macs
 
 ROUTINGS = ("top_p", "top_k", "dynamic_k")

@@ -1,0 +1,150 @@
+"""What every script promises: forward, masked and skipping agree, and the MACs are those that ran."""
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from first_edition.conftest import build, inputs, scripts, thresholds
+
+DATASETS = ("shapes", "pydoc")
+
+
+def embedding_bag_flops(weight_shape, indices_shape, *args, **kwargs):
+    """torch's counter does not know embedding_bag: a multiply and an add for each number it reads."""
+    return 2 * indices_shape[0] * weight_shape[1]
+
+
+BAGS = {op: embedding_bag_flops for op in (torch.ops.aten._embedding_bag,
+                                           torch.ops.aten._embedding_bag_forward_only)}
+
+
+def executed_macs(run, *args):
+    """The MACs that torch's dispatcher sees, in the shapes of the operands, while run(*args) runs."""
+    with FlopCounterMode(display=False, custom_mapping=BAGS) as counter:
+        result = run(*args)
+    assert counter.get_total_flops() % 2 == 0
+    return counter.get_total_flops() // 2, result
+
+
+@pytest.mark.parametrize("size", ("tiny", "small", "base"))
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_dense_macs_are_those_of_the_twin(script, dataset, size):
+    cfg = script.Config(dataset=dataset, size=size, device="cpu")
+    twin = script.Twin(cfg).eval()
+    with torch.no_grad():
+        assert executed_macs(twin, inputs(dataset, size, 1))[0] == twin.dense_macs
+    assert script.Model(cfg).dense_macs == twin.dense_macs
+
+
+@pytest.mark.parametrize("size", ("tiny", "small", "base"))
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_macs_are_what_ran(script, dataset, size):
+    """For single examples and at several thresholds, to the last MAC."""
+    model, x = build(script, dataset, size), inputs(dataset, size, 1 if size == "base" else 3)
+    seen = set()
+    for threshold in thresholds(model, x):
+        for i in range(len(x)):
+            executed, (_, macs, token_macs) = executed_macs(model.skipping, x[i:i + 1], threshold)
+            assert executed == macs.item()
+            assert macs.dtype == token_macs.dtype == torch.int64
+            assert token_macs.shape == (1, model.twin.position.shape[0])
+            assert 0 <= token_macs.sum() <= macs
+            seen.add(macs.item())
+    assert len(seen) > 1       # the thresholds did make a difference
+
+
+def test_shorter_texts_cost_less(script):
+    """Windows of 1 and of 17 characters, of the 64 that the network was made for."""
+    model, x = build(script, "pydoc"), inputs("pydoc", count=2)
+    for T in (1, 17):
+        for threshold in thresholds(model, x, (0.2, 0.6)):
+            for example in x[:, :T].split(1):
+                executed, (logits, macs, token_macs) = executed_macs(model.skipping, example, threshold)
+                expected = model.masked(example, threshold)
+                assert executed == macs.item() == expected[1].item()
+                assert token_macs.shape == (1, T) and torch.equal(token_macs, expected[2])
+                assert torch.allclose(logits, expected[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_masked_says_what_skipping_does(script, dataset):
+    """In float32 as it is used, and in float64, where no rounding can turn a decision: a ReLU has so
+    many of them that in float32 a few may fall to the other side."""
+    x = inputs(dataset, count=16)
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
+        model = build(script, dataset).to(dtype)
+        v = x.to(dtype) if x.is_floating_point() else x
+        for threshold in thresholds(model, v):
+            masked, skipping = model.masked(v, threshold), model.skipping(v, threshold)
+            assert torch.allclose(masked[0], skipping[0], atol=tolerance, rtol=0)
+            assert masked[1].shape == (16,) and masked[2].shape == (16, 64)
+            if dtype == torch.float64 or script.__name__ != "relu_sparsity":
+                assert torch.equal(masked[1], skipping[1]) and torch.equal(masked[2], skipping[2])
+            else:
+                assert (masked[2] != skipping[2]).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_an_example_does_not_depend_on_its_neighbours(script, dataset):
+    model, x = build(script, dataset).double(), inputs(dataset, count=256)
+    x = x.double() if x.is_floating_point() else x
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(2))
+    for threshold in thresholds(model, x[:32], (0.3, 0.7)):
+        batch, shuffled = model.skipping(x, threshold), model.skipping(x[order], threshold)
+        alone = [torch.cat(part) for part in
+                 zip(*(model.skipping(x[i:i + 1], threshold) for i in range(0, 256, 32)))]
+        for whole, mixed, single in zip(batch, shuffled, alone):
+            assert torch.allclose(whole[order].double(), mixed.double(), atol=1e-10, rtol=0)
+            assert torch.allclose(whole[::32].double(), single.double(), atol=1e-10, rtol=0)
+        assert len(batch[1].unique()) > 1
+
+
+def test_text_never_looks_ahead(script):
+    """Changing later characters changes no earlier logits and no earlier compute."""
+    model, x = build(script, "pydoc").double(), inputs("pydoc", count=8)
+    for threshold in thresholds(model, x):
+        for run in (model.masked, model.skipping):
+            logits, _, token_macs = run(x, threshold)
+            for cut in (1, 17, 63):
+                changed = x.clone()
+                changed[:, cut:] = (changed[:, cut:] - 32 + 41) % 95 + 32
+                other, _, other_macs = run(changed, threshold)
+                assert torch.allclose(logits[:, :cut], other[:, :cut], atol=1e-10, rtol=0)
+                assert torch.equal(token_macs[:, :cut], other_macs[:, :cut])
+                assert not torch.allclose(logits[:, cut:], other[:, cut:])
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_evaluation_is_free_of_noise(script, dataset):
+    model, x = build(script, dataset), inputs(dataset)
+    threshold = thresholds(model, x, (0.5,))[0]
+    for run in (model.masked, model.skipping):
+        for first, second in zip(run(x, threshold), run(x, threshold)):
+            assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_forward_trains_everything(script, dataset):
+    """Shapes as promised, and a gradient for every parameter."""
+    model, x = build(script, dataset).train(), inputs(dataset, count=16)
+    logits, aux_loss = model(x)
+    classes = 128 if dataset == "pydoc" else 10
+    assert logits.shape == ((16, 64, classes) if dataset == "pydoc" else (16, classes))
+    assert torch.as_tensor(aux_loss).ndim == 0
+    y = torch.randint(classes, logits.shape[:-1])
+    script.objective(model, x, y)[0].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("name, part", (("early_exit", "gates"), ("gumbel_gates", "gates"),
+                                        ("moe", "routers"), ("token_boost", "gates")))
+def test_what_decides_is_float32_also_under_autocast(name, part):
+    options, seen = dict(loss="branching") if name == "early_exit" else {}, []
+    model = build(scripts[name], "shapes", **options).train()
+    for module in getattr(model, part).modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda module, x, y: seen.extend((x[0].dtype, y.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(inputs("shapes", count=16))
+    assert len(seen) >= 2 and set(seen) == {torch.float32}
