@@ -48,6 +48,8 @@ STATIC = "relu_sparsity"        # trains the static twin; has no budget of its o
 METHODS = (STATIC, "early_exit", "gumbel_gates", "moe", "token_boost")
 TRAINED = (STATIC,)             # the scripts that write logs of schema 2
 TEXTS = ("shakespeare", "pydoc")
+CLASSES = dict(cifar10="airplane automobile bird cat deer dog frog horse ship truck".split(),
+               shapes=[f"{fill} {n} lobes" for n in (0, 2, 3, 4, 5) for fill in ("full", "hollow")])
 BUDGETS = (0.6, 0.7, 0.85)      # mean MACs, as shares of the dense ones, at which all are compared
 VIEWS = ("as logged", *(f"at {budget:.2f}" for budget in BUDGETS), "sweep average")
 WORDS = ((0.7, "largely agree"), (0.4, "partly agree"), (0.15, "hardly agree"),
@@ -156,13 +158,14 @@ def load(path):
         refuse("holds fewer than 10 examples, or no sweep")
 
     right, sweep = arrays["prediction"] == arrays["label"], arrays["sweep_macs"].astype(float)
-    views = [arrays["macs"], *(at_budget(sweep, budget * meta["static_macs"]) for budget in BUDGETS),
-             sweep.mean(0)]
+    views = [arrays["macs"], sweep.mean(0)]
+    views[1:1] = [at_budget(sweep, budget * meta["static_macs"]) for budget in BUDGETS]
     quality = arrays["sweep_loss" if text else "sweep_correct"].astype(float).mean(1)
     loss = arrays["loss"].astype(np.float32)
     return Log(Path(path), meta, np.stack(views).astype(float),
                np.stack([sweep.mean(1) / meta["static_macs"], quality]),
-               float(loss.mean() if text else right.mean()), arrays["label"], right, loss, arrays.get("token_macs") if text else None, arrays.get("difficulty"))
+               float(loss.mean() if text else right.mean()), arrays["label"], right, loss,
+               arrays.get("token_macs") if text else None, arrays.get("difficulty"))
 
 
 def by_method(logs):
@@ -576,7 +579,8 @@ def method_table(logs, table, found):
         if np.isfinite(a.raw[i, i]):
             reliability += f" [{number(low[i, i])} to {number(high[i, i])}]"
         rows.append([name, ", ".join(str(log.meta["seed"]) for log in runs),
-                     ", ".join({str(log.meta.get("options", {}).get("budget") or "none") for log in runs}),
+                     ", ".join({str(log.meta.get("options", {}).get("budget", "none"))
+                                for log in runs}),
                      spread([log.cost.mean() for log in runs], 3),
                      spread([log.quality for log in runs], 4),
                      spread([log.curve[1, -1] for log in runs], 4),
@@ -587,7 +591,7 @@ def method_table(logs, table, found):
 
 
 def static_table(logs):
-    """Static networks of every width and depth, trained alike: what MACs buy. The full one first."""
+    """Static networks of all widths and depths, trained alike: what MACs buy."""
     networks = by_method(log for log in logs if log.meta.get("script") == STATIC)
     full = networks.get(STATIC, [None])[0]
     rows = []
@@ -595,8 +599,9 @@ def static_table(logs):
         options, macs = runs[0].meta.get("options", {}), runs[0].meta["static_macs"]
         share = number(macs / full.meta["static_macs"]) if full else "unknown"
         minutes = [(log.meta.get("seconds") or np.nan) / 60 for log in runs]
-        rows.append([name, str(options.get("width")), str(options.get("depth")), f"{macs / 1e6:.2f} M", share,
-                     spread(minutes, 1), ", ".join(str(log.meta["seed"]) for log in runs),
+        rows.append([name, str(options.get("width")), str(options.get("depth")),
+                     f"{macs / 1e6:.2f} M", share, spread(minutes, 1),
+                     ", ".join(str(log.meta["seed"]) for log in runs),
                      spread([log.curve[1, -1] for log in runs], 4)])
     better = "loss" if logs[0].text else "accuracy"
     return markdown(["static network", "width", "depth", "MACs", "share", "minutes of training",
@@ -969,7 +974,7 @@ def test_images(log, folder):
     digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in data["test"]))
     if digest.hexdigest() != log.meta["test_sha256"]:
         raise UserError(f"the {dataset} in {folder} is not what the logs are about")
-    return data["test"][0].numpy(), script.CLASSES[dataset]
+    return data["test"][0].numpy(), CLASSES[dataset]
 
 
 def read_people(path, log):
@@ -1232,8 +1237,10 @@ def main(args):
         if not paths:
             raise UserError("no run has left a log")
     every = gather(paths)
-    smaller = [log for log in every if log.meta.get("script") == STATIC and log.meta["name"] != STATIC]
-    logs = [log for log in every if log.path not in {small.path for small in smaller}]
+    smaller, logs = [], []
+    for log in every:
+        static = log.meta.get("script") == STATIC and log.meta["name"] != STATIC
+        (smaller if static else logs).append(log)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)     # what cannot be told becomes NaN
         if len(by_method(logs)) > 1:
@@ -1259,14 +1266,15 @@ def command_line():
     add("--data", default="data", help="folder of the data sets, for the images of the report")
     add("--out", default=".", help="folder that receives figures/, and logs/ of --train")
     add("--train", action="store_true", help="first run the five scripts for the missing logs")
-    add("--dataset", help="with --train: cifar10 (default), shakespeare, shapes or pydoc")
-    add("--size", help="with --train: tiny, small or base (default: base on a GPU, else small)")
+    add("--dataset", choices=(*CLASSES, *TEXTS), help="with --train (default: cifar10)")
+    add("--size", choices=("tiny", "small", "base"),
+        help="with --train (default: base on a GPU, else small)")
     add("--seeds", type=int, default=3,
         help="with --train: seeds 0 to N - 1 of each method (default: 3)")
     add("--budget", type=float, help="with --train: of the methods that have one")
     add("--steps", type=int, help="with --train: stop each run after so many steps")
     add("--epochs", type=float, help="with --train: passes over the training split")
-    add("--device", help="with --train: cpu or cuda")
+    add("--device", choices=("cpu", "cuda"), help="with --train")
     add("--jobs", type=int, default=0, help="with --train: runs at once (the times that they log "
         "are rough then); 0: one on a GPU, else one for each core, up to four")
     try:

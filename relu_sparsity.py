@@ -25,6 +25,7 @@ penalty is that of Kurtz et al. 2020, divided by the number of neurons.
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import math
 import sys
@@ -59,7 +60,7 @@ def options(argv=None):
     add("--batch", type=int, help="examples per training step")
     add("--epochs", type=float, help="passes over the training data")
     add("--steps", type=int, help="training steps, instead of --epochs")
-    add("--lr", type=float, default=0.02, help="peak learning rate of Muon, a tenth for AdamW")
+    add("--lr", type=float, default=0.02, help="peak learning rate of Muon, a fifth for AdamW")
     add("--seed", type=int, default=0, help="of weights, batches and noise (default: 0)")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--bf16", action=argparse.BooleanOptionalAction, help="train in bfloat16 (default: CUDA)")
@@ -241,6 +242,9 @@ class StaticNet(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(C)
         self.out = nn.Linear(C, cfg.classes)
+        if cfg.text:                            # one matrix reads characters and predicts them
+            self.out.weight = self.stem.weight
+            nn.init.normal_(self.stem.weight, std=0.02)
         self.head_macs = C * cfg.classes
         self.block_macs = self.blocks[0].conv.weight.numel() + 8 * C * C                # of a token
         self.token_macs = cfg.depth * self.block_macs + (self.head_macs if cfg.text else 0)
@@ -289,17 +293,17 @@ def download(folder, name, url, sha256):
 
 
 def read_cifar10(folder):
-    """Images (60000, 3, 32, 32) and labels (60000,), the test split last; from the unpacked
-    cifar-10-batches-bin if it is in the folder, else from the archive."""
-    files = [f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)]
-    files.append("cifar-10-batches-bin/test_batch.bin")
-    if Path(folder, files[0]).parent.exists():
-        raw = b"".join(Path(folder, file).read_bytes() for file in files)
+    """Images (60000, 3, 32, 32) and labels (60000,), the test split last, from an unpacked
+    cifar-10-batches-bin if the folder has it, else from the archive."""
+    names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
+    unpacked = Path(folder, "cifar-10-batches-bin")
+    if unpacked.exists():
+        raw = b"".join((unpacked / name).read_bytes() for name in names)
     else:
         archive = tarfile.open(fileobj=io.BytesIO(download(folder, *CIFAR10)))
-        raw = b"".join(archive.extractfile(file).read() for file in files)
+        raw = b"".join(archive.extractfile(f"{unpacked.name}/{name}").read() for name in names)
     if len(raw) != 60000 * 3073 or max(raw[::3073]) > 9:
-        fail(f"cifar-10-batches-bin in {folder} is truncated or altered; delete it and run again")
+        fail(f"{unpacked} is truncated or altered; delete it and run again")
     records = np.frombuffer(raw, np.uint8).reshape(60000, 3073)
     return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
 
@@ -360,19 +364,23 @@ def network_input(x):
 
 
 def training_batches(data, cfg):
-    """Endless (x, y) in random order; images flipped half of the time and shifted by up to 4."""
+    """Endless (x, y), each epoch in a new order: images flipped every other epoch and shifted by up
+    to 2 pixels, windows of a text cut at other places, without overlap."""
     random = dict(generator=torch.Generator(cfg.device).manual_seed(cfg.seed), device=cfg.device)
     x, y = data["train"]
-    while True:
-        for index in torch.randperm(len(x), **random).split(cfg.batch):
+    stride = cfg.tokens if cfg.text else 1
+    for epoch in itertools.count():
+        start = torch.randint(stride, (), **random).item()
+        places = torch.arange(start, len(x), stride, device=cfg.device)
+        for index in places[torch.randperm(len(places), **random)].split(cfg.batch):
             batch, B = network_input(x[index]), len(index)
             if not cfg.text:
-                padded = F.pad(batch, (4, 4, 4, 4), "reflect")              # (B, 3, 40, 40)
-                crops = padded.unfold(2, 32, 1).unfold(3, 32, 1)            # (B, 3, 9, 9, 32, 32)
-                row, column = torch.randint(9, (2, B), **random)
+                padded = F.pad(batch, (2, 2, 2, 2), "reflect")              # (B, 3, 36, 36)
+                crops = padded.unfold(2, 32, 1).unfold(3, 32, 1)            # (B, 3, 5, 5, 32, 32)
+                row, column = torch.randint(5, (2, B), **random)
                 batch = crops[torch.arange(B), :, row, column]
-                flip = torch.rand(B, 1, 1, 1, **random) < 0.5
-                batch = torch.where(flip, batch.flip(3), batch)
+                flip = (index + epoch) % 2 == 0
+                batch = torch.where(flip[:, None, None, None], batch.flip(3), batch)
             yield batch, y[index].long()
 # === end shared ===
 
@@ -381,7 +389,7 @@ def training_batches(data, cfg):
 SIZES = {   # for images, and for text
     "tiny": (dict(width=32, depth=2, batch=256, epochs=1, dropout=0.0, tokens=64, kernel=3),
              dict(width=32, depth=2, batch=64, epochs=1, dropout=0.0, tokens=64, kernel=8)),
-    "small": (dict(width=48, depth=8, batch=128, epochs=12, dropout=0.0, tokens=64, kernel=3),
+    "small": (dict(width=48, depth=8, batch=64, epochs=12, dropout=0.0, tokens=64, kernel=3),
               dict(width=128, depth=6, batch=64, epochs=6, dropout=0.1, tokens=64, kernel=8)),
     "base": (dict(width=128, depth=10, batch=256, epochs=60, dropout=0.1, tokens=64, kernel=3),
              dict(width=384, depth=9, batch=64, epochs=20, dropout=0.2, tokens=256, kernel=8))}
@@ -418,7 +426,7 @@ def train(model, data, cfg):
     matrices = model.matrices()
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     optimizers = [torch.optim.Muon(matrices, cfg.lr, weight_decay=0.0, adjust_lr_fn="original"),
-                  torch.optim.AdamW(others, cfg.lr / 10, betas=(0.9, 0.99), weight_decay=0.0)]
+                  torch.optim.AdamW(others, cfg.lr / 5, betas=(0.9, 0.99), weight_decay=0.0)]
     examples = len(data["train"][0]) / (cfg.tokens if cfg.text else 1)      # windows overlap
     steps = cfg.steps or math.ceil(cfg.epochs * examples / cfg.batch)
     schedules = [torch.optim.lr_scheduler.OneCycleLR(
@@ -536,12 +544,13 @@ def save(log, cfg, data, model, seconds, result, sweep, **extra):
     options = {key: value for key, value in vars(cfg).items() if key not in here}
     runs, N = list(sweep.values()), len(result["macs"])
     test = b"".join(part.cpu().numpy().tobytes() for part in data["test"])
+    device = torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU"
     meta = dict(
         schema=2, name=cfg.name, script=SCRIPT, dataset=cfg.dataset, size=cfg.size, seed=cfg.seed,
         options=options, test_sha256=hashlib.sha256(test).hexdigest(), static_macs=model.net.macs,
         at_budget=summary(model, result), full=summary(model, runs[-1]), seconds=seconds,
-        torch=torch.__version__, date=time.strftime("%Y-%m-%d"), threads=torch.get_num_threads(),
-        device=torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU", **extra)
+        device=device, threads=torch.get_num_threads(), torch=torch.__version__,
+        date=time.strftime("%F"), **extra)
     loss = [run["loss"].reshape(N, -1).mean(1) for run in runs]
     correct = [(run["prediction"] == run["label"]).reshape(N, -1).mean(1) for run in runs]
     arrays = {key: result[key] for key in ("label", "prediction", "macs")}
@@ -574,19 +583,19 @@ def draw(cfg, data, model, result, sweep):
     axis = left.subplots()
     axis.plot([p["budget"] for p in points], [p[quality] for p in points], "o-")
     axis.set(title=cfg.name, xlabel="MACs, share of the static network's", ylabel=quality)
-    count = 2 if cfg.text else 8
-    order = result["macs"].argsort(kind="stable")
-    for axis, i in zip(bottom.subplots(2, count).flat, [*order[:count], *order[-count:]]):
+    tokens, order, count = result["token_macs"], result["macs"].argsort(), 2 if cfg.text else 8
+    axes = bottom.subplots(2, count)
+    for axis, i in zip(axes.flat, [*order[:count], *order[-count:]]):
         x = data["test"][0][i].cpu().numpy()
-        if cfg.text:
-            for t, code in enumerate(x):
-                axis.text(t % 16, t // 16, chr(code), ha="center", va="center", fontsize=7)
-        else:
+        for t, code in enumerate(x if cfg.text else []):
+            axis.text(t % 16, t // 16, chr(code), ha="center", va="center", fontsize=7)
+        if not cfg.text:
             axis.imshow(x.transpose(1, 2, 0), extent=(-0.5, 7.5, 7.5, -0.5))
-        axis.imshow(result["token_macs"][i].reshape(-1, 16 if cfg.text else 8), alpha=0.5, vmin=0,
-                    vmax=result["token_macs"].max(), aspect="auto")
-        axis.set_title(f"{result['macs'][i] / model.net.macs:.2f} of the MACs", fontsize=8)
+        image = axis.imshow(tokens[i].reshape(-1, 16 if cfg.text else 8), alpha=0.5, aspect="auto",
+                            vmin=tokens.min(), vmax=tokens.max())
+        axis.set_title(f"{result['macs'][i] / model.net.macs:.3f} of the MACs", fontsize=8)
         axis.axis("off")
+    bottom.colorbar(image, ax=axes, label="MACs of a token")
     return figure, free
 
 

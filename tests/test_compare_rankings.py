@@ -347,7 +347,7 @@ def test_a_log_of_ones_own(run, tmp_path, monkeypatch):
     few_samples(monkeypatch)
     simulate(tmp_path, FIVE[:2], range(2))
     simulate(tmp_path, ["my_method"], range(2), change=lambda arrays, meta, count: [
-        meta.pop(key) for key in ("wall_clock", "budget_wanted")] and None)
+        meta.pop(key) for key in ("wall_clock", "options", "script")] and None)
     status, printed, errors = run(tmp_path)
     assert status == 0 and "early_exit and my_method" in printed, errors
 
@@ -430,7 +430,7 @@ def test_costs_of_characters_do_not_overflow(tmp_path):
     tokens[:, 0] -= 1000
     values = dict(views=np.ones((5, 20)), curve=np.ones((2, 3)), quality=1.0, right=tokens > 0,
                   label=np.full((20, T), 97), loss=np.ones((20, T)), tokens=tokens)
-    logs = [script.Log(None, dict(meta, method=method), **values) for method in FIVE[:2]]
+    logs = [script.Log(None, dict(meta, name=method), **values) for method in FIVE[:2]]
     _, _, panels = script.per_token(logs, script.rankings(logs, lambda log: log.macs))
     costs = [cost for _, _, costs in panels for cost in costs]
     assert costs and np.nanmin(costs) > 0.99 and np.nanmax(costs) <= 1

@@ -119,7 +119,7 @@ def test_shakespeare_splits(tmp_path, monkeypatch):
     batches = script.training_batches(data, cfg)
     for _ in range(10):
         x, y = next(batches)
-        assert x.shape == y.shape == (64, 64) and x.dtype == y.dtype == torch.int64
+        assert x.shape == y.shape and x.shape[1] == 64 and x.dtype == y.dtype == torch.int64
         window = torch.cat([x[0], y[0, -1:]]).to(torch.uint8)
         assert bytes(window.numpy()) in text[:17100] and torch.equal(x[0, 1:], y[0, :-1])
 
@@ -158,22 +158,39 @@ def test_shapes_fade_with_difficulty(shapes):
 
 
 def test_training_batches_shift_and_flip(shapes):
-    """Each epoch shows every image once; each is a crop, or mirrored crop, of the padded original."""
+    """Each epoch shows every image once, as a crop of the padded original, flipped every other epoch."""
     cfg = configure(script, "shapes", "tiny", "--batch", "100")
     data = dict(train=(shapes["train"][0][:250], torch.arange(250)))
-    batches, seen, changed = script.training_batches(data, cfg), [], 0
-    for _ in range(3):
-        x, y = next(batches)
-        seen += y.tolist()
-        for image, index in zip(x, y):
-            original = script.network_input(shapes["train"][0][index][None])
-            padded = torch.nn.functional.pad(original, (4, 4, 4, 4), "reflect")[0]
-            crops = [v[:, r:r + 32, c:c + 32] for v in (padded, padded.flip(2))
-                     for r in range(9) for c in range(9)]
-            assert any(torch.equal(image, crop) for crop in crops)
-            changed += not torch.equal(image, original[0])
-    assert sorted(seen) == list(range(250)) and changed > 200
+    batches, shown, crops_seen = script.training_batches(data, cfg), [[], []], set()
+    for epoch in (0, 1):
+        for _ in range(3):
+            x, y = next(batches)
+            shown[epoch] += y.tolist()
+            for image, index in zip(x, y):
+                original = script.network_input(shapes["train"][0][index][None])
+                padded = torch.nn.functional.pad(original, (2, 2, 2, 2), "reflect")[0]
+                if (index + epoch) % 2 == 0:
+                    image = image.flip(2)
+                found = [(r, c) for r in range(5) for c in range(5)
+                         if torch.equal(image, padded[:, r:r + 32, c:c + 32])]
+                assert found
+                crops_seen.update(found)
+        assert sorted(shown[epoch]) == list(range(250))
+    assert shown[0] != shown[1] and len(crops_seen) == 25
     again = next(script.training_batches(data, cfg))
-    assert again[1].tolist() == seen[:100]                  # the seed decides
+    assert again[1].tolist() == shown[0][:100]              # the seed decides
     cfg.seed = 1
-    assert next(script.training_batches(data, cfg))[1].tolist() != seen[:100]
+    assert next(script.training_batches(data, cfg))[1].tolist() != shown[0][:100]
+
+
+def test_windows_of_an_epoch_do_not_overlap():
+    """They cover the text once, but for its ends, from another place every epoch."""
+    cfg = configure(script, "pydoc", "tiny", "--batch", "10")
+    text = torch.arange(64 * 40 + 1)
+    window = text.unfold(0, 65, 1)
+    batches, starts = script.training_batches(dict(train=(window[:, :-1], window[:, 1:])), cfg), set()
+    for epoch in range(4):
+        x, y = (torch.cat(part) for part in zip(*(next(batches) for _ in range(4))))
+        assert torch.equal(y, x + 1) and len(x.unique()) == x.numel()
+        starts.add(x.min().item())
+    assert len(starts) > 1
