@@ -166,6 +166,7 @@ def measure_density(model, split):
 
 
 def main(cfg):
+    print(f"{cfg.dataset}, size {cfg.size}: {cfg.depth} blocks, width {cfg.width}, on {cfg.device}")
     log, picture = output_paths(cfg)
     torch.manual_seed(cfg.seed)
     data, model = load_data(cfg), Model(cfg).to(cfg.device)
@@ -293,15 +294,13 @@ def download(folder, name, url, sha256):
 
 
 def read_cifar10(folder):
-    """Images (60000, 3, 32, 32) and labels (60000,), the test split last, from an unpacked
-    cifar-10-batches-bin if the folder has it, else from the archive."""
-    names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
+    """Images (60000, 3, 32, 32) and labels (60000,), the test split last; unpacks the archive."""
     unpacked = Path(folder, "cifar-10-batches-bin")
-    if unpacked.exists():
-        raw = b"".join((unpacked / name).read_bytes() for name in names)
-    else:
-        archive = tarfile.open(fileobj=io.BytesIO(download(folder, *CIFAR10)))
-        raw = b"".join(archive.extractfile(f"{unpacked.name}/{name}").read() for name in names)
+    if not unpacked.exists():
+        archive = io.BytesIO(download(folder, *CIFAR10))
+        tarfile.open(fileobj=archive).extractall(folder, filter="data")
+    names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
+    raw = b"".join((unpacked / name).read_bytes() for name in names)
     if len(raw) != 60000 * 3073 or max(raw[::3073]) > 9:
         fail(f"{unpacked} is truncated or altered; delete it and run again")
     records = np.frombuffer(raw, np.uint8).reshape(60000, 3073)
@@ -317,16 +316,15 @@ def draw_shapes(count):
     row, column = np.mgrid[-1:1:32j, -1:1:32j]
     for image, label, d in zip(images, labels, difficulty):
         size, turn, cut = rng.uniform((0.6, 0, -0.5), (0.9, 6.28, 0.5))
-        y = (row - rng.uniform(-0.2, 0.2)) / size
-        x = (column - rng.uniform(-0.2, 0.2)) / size
+        left, up = rng.uniform(-0.2, 0.2, 2)
+        x, y = (column - left) / size, (row - up) / size
         lobes = (0, 2, 3, 4, 5)[label // 2]
         edge = np.hypot(x, y) - 0.7 - 0.3 * np.cos(lobes * np.arctan2(y, x) + turn)
         flower = np.clip(0.5 - 8 * (abs(edge) - 0.15 if label % 2 else edge), 0, 1)
         flower *= (1 - 0.8 * d) * (abs(x - cut) > 0.3 * d)
-        ground = rng.uniform(0.3, 0.7, (3, 1, 1))
-        noise = 0.12 * d * rng.standard_normal((3, 32, 32))
         colour = rng.uniform(0.4, 0.8, (3, 1, 1)) * rng.choice((-1, 1), (3, 1, 1))
-        image[:] = 255 * np.clip(ground + flower * colour + noise, 0, 1)
+        noise = 0.12 * d * rng.standard_normal((3, 32, 32))
+        image[:] = 255 * np.clip(rng.uniform(0.3, 0.7, (3, 1, 1)) + flower * colour + noise, 0, 1)
     return images, labels, difficulty.astype(np.float32)
 
 
@@ -387,7 +385,7 @@ def training_batches(data, cfg):
 
 # === shared: training ===
 SIZES = {   # for images, and for text
-    "tiny": (dict(width=32, depth=2, batch=256, epochs=1, dropout=0.0, tokens=64, kernel=3),
+    "tiny": (dict(width=32, depth=2, batch=64, epochs=3, dropout=0.0, tokens=64, kernel=3),
              dict(width=32, depth=2, batch=64, epochs=1, dropout=0.0, tokens=64, kernel=8)),
     "small": (dict(width=48, depth=8, batch=64, epochs=12, dropout=0.0, tokens=64, kernel=3),
               dict(width=128, depth=6, batch=64, epochs=6, dropout=0.1, tokens=64, kernel=8)),
@@ -550,7 +548,7 @@ def save(log, cfg, data, model, seconds, result, sweep, **extra):
         options=options, test_sha256=hashlib.sha256(test).hexdigest(), static_macs=model.net.macs,
         at_budget=summary(model, result), full=summary(model, runs[-1]), seconds=seconds,
         device=device, threads=torch.get_num_threads(), torch=torch.__version__,
-        date=time.strftime("%F"), **extra)
+        date=time.strftime("%Y-%m-%d"), **extra)
     loss = [run["loss"].reshape(N, -1).mean(1) for run in runs]
     correct = [(run["prediction"] == run["label"]).reshape(N, -1).mean(1) for run in runs]
     arrays = {key: result[key] for key in ("label", "prediction", "macs")}

@@ -43,7 +43,7 @@ def tables():
              "Mean (lowest to highest seed). Quality is the test split's; MACs, bound and time are shares "
              "of those of the same network, run in full. Minutes are those of a run on one thread, beside "
              "another run on the second core.", ""]
-    for folder in sorted(path for path in KEPT.iterdir() if any(path.glob("*.npz"))):
+    for folder in sorted({path.parent for path in KEPT.glob("*/*.npz")}):
         logs = gather(find([folder]))
         metas = [log.meta for log in logs]
         threads, torch, device = ({str(meta[key]) for meta in metas} for key in ("threads", "torch", "device"))
