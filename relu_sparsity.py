@@ -423,7 +423,7 @@ def train(model, data, cfg):
     """Muon for model.matrices(), AdamW for the rest; warm-up, then linear to 0 -> seconds."""
     matrices = model.matrices()
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
-    optimizers = [torch.optim.Muon(matrices, cfg.lr, weight_decay=0.0, adjust_lr_fn="original"),
+    optimizers = [torch.optim.Muon(matrices, cfg.lr, weight_decay=0.1, adjust_lr_fn="original"),
                   torch.optim.AdamW(others, cfg.lr / 5, betas=(0.9, 0.99), weight_decay=0.0)]
     examples = len(data["train"][0]) / (cfg.tokens if cfg.text else 1)      # windows overlap
     steps = cfg.steps or math.ceil(cfg.epochs * examples / cfg.batch)
