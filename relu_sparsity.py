@@ -1,18 +1,18 @@
 """How much of a static ReLU network does nothing?
 
-Every block of the network holds an MLP, two matrix products with a ReLU between them:
+Every block of the network holds an MLP, two matrix products and a ReLU between (biases apart):
 
     h = relu(W1 x)
     y = W2 h = sum of h[j] * W2[:, j] over the neurons j that fired, those with h[j] > 0
 
-A neuron that did not fire adds nothing, yet a static network multiplies its column of W2 by zero.
+A neuron that did not fire adds nothing, yet a static network multiplies its column of W2 by 0.
 Nobody asked for these zeros: ordinary training makes them, more for some inputs than for others.
 
-This script trains the static network that all scripts of this project start from, and measures its
+This script trains the static network that all scripts of this project start from. It measures the
 density, the share of neurons that fire, by layer, neuron, token and example. `skipping` saves the
-MACs of exact zeros in the second product; the first tells which neurons fire, so it runs in full.
-The oracle bound is what would be left if all zeros were known beforehand. A threshold above zero
-drops small activations, too.
+MACs (multiply-accumulates) of exact zeros in the second product; the first product tells which
+neurons fire, so it runs in full. The oracle bound is what would be left if all zeros were known
+beforehand. A threshold above zero drops small activations, too.
 
     python relu_sparsity.py                                  # CIFAR-10
     python relu_sparsity.py --dataset shakespeare            # characters
@@ -20,9 +20,10 @@ drops small activations, too.
     python relu_sparsity.py --depth 4 --name depth_4         # a smaller static network
 
 Papers: Li et al. 2023, The Lazy Neuron Phenomenon; Mirzadeh et al. 2023, ReLU Strikes Back. The
-penalty is that of Kurtz et al. 2020, divided by the number of neurons.
+penalty is that of Kurtz et al. 2020 (Inducing and Exploiting Activation Sparsity), divided by H.
 """
 import argparse
+import bisect
 import hashlib
 import io
 import itertools
@@ -60,7 +61,7 @@ def options(argv=None):
     add("--batch", type=int, help="examples per training step")
     add("--epochs", type=float, help="passes over the training data")
     add("--steps", type=int, help="training steps, instead of --epochs")
-    add("--lr", type=float, default=0.02, help="peak learning rate of Muon, a fifth for AdamW")
+    add("--lr", type=float, default=0.02, help="peak learning rate of Muon; AdamW has a fifth")
     add("--seed", type=int, default=0, help="of weights, batches and noise (default: 0)")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--bf16", action=argparse.BooleanOptionalAction, help="train in bfloat16 (default: CUDA)")
@@ -80,22 +81,23 @@ def options(argv=None):
 # === the mechanism ===
 def hoyer(h):
     """Square Hoyer measure |h|_1^2 / (H |h|_2^2) of each row of h (..., H) >= 0, averaged: the
-    share of neurons that matter, from 1 (all equal) to 1 / H (a single one)."""
+    share of neurons that matter. 1 if all are equal, 1 / H if only one fires, 0 if none does."""
     h = h.float()
     return (h.sum(-1).square() / (h.shape[-1] * h.square().sum(-1) + 1e-9)).mean()
 
 
 def sparse_product(h, weight):
-    """h (N, H) @ weight (H, C) -> (N, C) in nnz(h) * C MACs: for each row of h, embedding_bag sums
-    the rows of `weight` whose neuron fired, each times its activation."""
-    row, neuron = h.nonzero(as_tuple=True)                                      # (nnz,), (nnz,)
+    """h (N, H) @ weight (H, C) -> (N, C). For each row of h, embedding_bag adds up the rows of
+    `weight` whose neuron fired, each times its activation: C MACs for each number that is not 0."""
+    row, neuron = h.nonzero(as_tuple=True)
     start = torch.searchsorted(row, torch.arange(len(h), device=h.device))      # first of each row
     return F.embedding_bag(neuron, weight, start, mode="sum", per_sample_weights=h[row, neuron])
 
 
 class Model(nn.Module):
     """The static network. A neuron fires if h > threshold: 0 is the network as it was trained."""
-    cheapest, full = 10.0, 0.0
+    cheapest = 10.0             # hardly any activation is larger
+    full = 0.0
 
     def __init__(self, cfg):
         super().__init__()
@@ -107,6 +109,8 @@ class Model(nn.Module):
         return [p for p in self.net.blocks.parameters() if p.ndim == 2]
 
     def loss(self, x, y, progress):
+        """What training minimises, and numbers for the progress bar. progress, from 0 to 1, is for
+        mechanisms that change as they train."""
         logits, fired = self.dense(x)
         loss = F.cross_entropy(logits.movedim(-1, 1), y)
         shown = dict(loss=loss, accuracy=(logits.argmax(-1) == y).float().mean())
@@ -116,21 +120,19 @@ class Model(nn.Module):
 
     def dense(self, x, threshold=None, decisions=None):
         """x -> logits, and L tensors (B, T, H), the activations that fired. decisions: L such
-        tensors of 0 and 1 that say which fire, whatever the threshold."""
+        tensors of 0 and 1, for controls and tests, which say what else must not fire."""
         x, fired = self.net.embed(x), []
         for layer, block in enumerate(self.net.blocks):
-            up, relu, down = block.mlp
-            h = relu(up(block.mix(x)))
+            up, _, down = block.mlp
+            h = F.threshold(up(block.mix(x)), threshold or 0.0, 0.0)            # a ReLU at 0
             if decisions is not None:
                 h = h * decisions[layer]
-            elif threshold:
-                h = h * (h > threshold)
             fired.append(h)
             x = x + block.drop(down(h))
         return self.net.head(x), fired
 
     def masked(self, x, threshold):
-        """Everything is computed -> logits, macs (B,), token_macs (B, T)."""
+        """Computes everything, counts what fired -> logits, macs (B,), token_macs (B, T)."""
         logits, fired = self.dense(x, threshold)
         return logits, *self.count_macs(sum(h.count_nonzero(-1) for h in fired))
 
@@ -138,9 +140,8 @@ class Model(nn.Module):
         """Only neurons that fired enter the second product -> logits, macs, token_macs."""
         x, fired = self.net.embed(x), 0
         for block in self.net.blocks:
-            up, relu, down = block.mlp
-            h = relu(up(block.mix(x)))
-            h = h * (h > threshold)
+            up, _, down = block.mlp
+            h = F.threshold(up(block.mix(x)), threshold, 0.0)
             fired = fired + h.count_nonzero(-1)                                 # (B, T)
             rows = down.weight.t().contiguous()     # (H, C): reading columns of W2 would be slow
             x = x + sparse_product(h.flatten(0, 1), rows).view_as(x) + down.bias
@@ -159,10 +160,11 @@ def measure_density(model, split):
     """Share of activations above zero by example and layer (N, L), by layer and neuron (L, H)."""
     by_example, by_neuron = [], 0
     for x in split[0].split(100):
-        fired = torch.stack(model.dense(network_input(x))[1], 1).gt(0).float()  # (B, L, T, H)
-        by_example.append(fired.mean((2, 3)))
-        by_neuron = by_neuron + fired.mean(2).sum(0) / len(split[0])
-    return torch.cat(by_example).cpu().numpy(), by_neuron.cpu().numpy()
+        fired = torch.stack(model.dense(network_input(x))[1], 1) > 0            # (B, L, T, H)
+        by_example.append(fired.float().mean((2, 3)))
+        by_neuron = by_neuron + fired.sum((0, 2))
+    tokens = len(split[0]) * fired.shape[2]
+    return torch.cat(by_example).cpu().numpy(), (by_neuron / tokens).cpu().numpy()
 
 
 def main(cfg):
@@ -176,7 +178,7 @@ def main(cfg):
     sweep = {budget: evaluate(model.masked, data["test"], threshold)
              for budget, threshold in calibrate(model, data["calibration"]).items()}
     by_example, by_neuron = measure_density(model, data["test"])
-    zeros = (1 - by_example.mean()) * by_neuron.size * cfg.tokens       # of the mean example
+    zeros = (1 - by_example.mean()) * by_neuron.size * cfg.tokens       # in an average example
     density = dict(layers=by_example.mean(0).tolist(), neurons=by_neuron.size,
                    never=int((by_neuron == 0).sum()), always=int((by_neuron == 1).sum()),
                    oracle_bound=float(1 - 2 * zeros * cfg.width / model.net.macs))
@@ -205,9 +207,9 @@ def main(cfg):
 
 # === shared: static network ===
 class Block(nn.Module):
-    """Pre-norm residual block: a depthwise convolution mixes the tokens, over 3 x 3 of an image or
-    the last KERNEL characters of a text; then each token runs through the MLP. The residual stream
-    x itself is not mixed: a token that skips the MLP keeps its state."""
+    """Pre-norm residual block: a depthwise convolution mixes the tokens, 3 x 3 of them on images,
+    the last `cfg.kernel` characters on text; then each token runs through the MLP. The residual
+    stream x itself is not mixed: a token that skips the MLP keeps its state."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -240,7 +242,7 @@ class StaticNet(nn.Module):
             nn.Conv2d(3, S, 3, 2, 1), nn.BatchNorm2d(S), nn.ReLU(),
             nn.Conv2d(S, C, 3, 2, 1), nn.BatchNorm2d(C))
         self.position = nn.Parameter(0.02 * torch.randn(cfg.tokens, C))
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
+        self.blocks = nn.Sequential(*(Block(cfg) for _ in range(cfg.depth)))
         self.norm = nn.LayerNorm(C)
         self.out = nn.Linear(C, cfg.classes)
         if cfg.text:                            # one matrix reads characters and predicts them
@@ -250,7 +252,7 @@ class StaticNet(nn.Module):
         self.block_macs = self.blocks[0].conv.weight.numel() + 8 * C * C                # of a token
         self.token_macs = cfg.depth * self.block_macs + (self.head_macs if cfg.text else 0)
         stem_macs = 16 * 16 * 9 * 3 * S + 8 * 8 * 9 * S * C
-        self.example_macs = 0 if cfg.text else stem_macs + self.head_macs   # beside those of tokens
+        self.example_macs = 0 if cfg.text else stem_macs + self.head_macs   # not those of tokens
         self.macs = self.example_macs + cfg.tokens * self.token_macs
 
     def embed(self, x):
@@ -263,10 +265,7 @@ class StaticNet(nn.Module):
         return self.out(self.norm(x) if self.text else self.norm(x).mean(1))
 
     def forward(self, x):
-        x = self.embed(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
+        return self.head(self.blocks(self.embed(x)))
 # === end shared ===
 
 
@@ -300,9 +299,9 @@ def read_cifar10(folder):
         archive = io.BytesIO(download(folder, *CIFAR10))
         tarfile.open(fileobj=archive).extractall(folder, filter="data")
     names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
-    raw = b"".join((unpacked / name).read_bytes() for name in names)
+    raw = b"".join((unpacked / name).read_bytes() for name in names if (unpacked / name).exists())
     if len(raw) != 60000 * 3073 or max(raw[::3073]) > 9:
-        fail(f"{unpacked} is truncated or altered; delete it and run again")
+        fail(f"{unpacked} is incomplete or altered; delete it and run again")
     records = np.frombuffer(raw, np.uint8).reshape(60000, 3073)
     return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
 
@@ -330,7 +329,7 @@ def draw_shapes(count):
 
 def load_data(cfg):
     """{"train", "calibration", "test": (x, y)}, bytes on the device: images (N, 3, 32, 32), (N,) or
-    windows (N, T) and the same one character on; and "difficulty" of test, if it is known."""
+    windows (N, T) and the same, one character later; "difficulty" of test where it is known."""
     data = {}
     if cfg.dataset == "cifar10":
         x, y = read_cifar10(cfg.data)
@@ -341,7 +340,7 @@ def load_data(cfg):
         data["difficulty"] = difficulty[11000:]
     elif cfg.dataset == "shakespeare":
         raw = download(cfg.data, *SHAKESPEARE)
-    else:                                                   # Python's manual comes with Python
+    else:                                                   # Python's manual comes along with it
         from pydoc_data.topics import topics
         raw = "".join(topics[key] for key in sorted(topics)).encode("ascii", "replace")
     if cfg.text:
@@ -396,9 +395,13 @@ SIZES = {   # for images, and for text
 def complete(parser, argv):
     """Parse, fill in the options that depend on others, and check them -> namespace."""
     cfg = parser.parse_args(argv)
-    if cfg.load:                                            # the options of that run, unless given
-        parser.set_defaults(**load(cfg.load)[0])
+    if cfg.load:
+        options, _ = load(cfg.load)
+        parser.set_defaults(**options)
         cfg = parser.parse_args(argv)
+        for key in ("size", "width", "depth", "batch", "epochs", "steps", "lr", "seed"):
+            if getattr(cfg, key) != options[key]:
+                parser.error(f"--load takes a run as it is: leave out --{key}")
     cuda = torch.cuda.is_available()
     cfg.device = cfg.device or ("cuda" if cuda else "cpu")
     cfg.size = cfg.size or ("base" if cfg.device == "cuda" else "small")
@@ -420,32 +423,31 @@ def complete(parser, argv):
 
 
 def train(model, data, cfg):
-    """Muon for model.matrices(), AdamW for the rest; warm-up, then linear to 0 -> seconds."""
+    """Muon for model.matrices(), AdamW for the rest; their rates rise linearly for a tenth of the
+    steps, then fall linearly to 0. -> seconds."""
     matrices = model.matrices()
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     optimizers = [torch.optim.Muon(matrices, cfg.lr, weight_decay=0.1, adjust_lr_fn="original"),
                   torch.optim.AdamW(others, cfg.lr / 5, betas=(0.9, 0.99), weight_decay=0.0)]
     examples = len(data["train"][0]) / (cfg.tokens if cfg.text else 1)      # windows overlap
     steps = cfg.steps or math.ceil(cfg.epochs * examples / cfg.batch)
-    schedules = [torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, optimizer.defaults["lr"], steps + 1, pct_start=0.1, anneal_strategy="linear",
-        cycle_momentum=False) for optimizer in optimizers]
     model.train()
     began = time.perf_counter()
-    with tqdm(zip(range(steps), training_batches(data, cfg)), cfg.name, steps) as bar:
-        for step, (x, y) in bar:
-            with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
-                loss, shown = model.loss(x, y, step / steps)
-            model.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer, schedule in zip(optimizers, schedules):
-                optimizer.step()
-                schedule.step()
-            if step % 20 == 0 or step == steps - 1:         # reading a number waits for the GPU
-                if not norm.isfinite():
-                    fail(f"the gradient is not finite at step {step}; try a smaller --lr")
-                bar.set_postfix({key: f"{value.item():.3f}" for key, value in shown.items()})
+    bar = tqdm(zip(range(steps), training_batches(data, cfg)), cfg.name, steps)
+    for step, (x, y) in bar:
+        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
+            loss, shown = model.loss(x, y, step / steps)
+        model.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        rate = min(10 * (step + 1) / steps, 1, (1 - step / steps) / 0.9)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = rate * optimizer.defaults["lr"]
+            optimizer.step()
+        if step % 20 == 0 or step == steps - 1:         # reading a number waits for the GPU
+            if not norm.isfinite():
+                fail(f"the gradient is not finite at step {step}; try a smaller --lr")
+            bar.set_postfix({key: f"{value.item():.3f}" for key, value in shown.items()})
     model.eval()
     return time.perf_counter() - began
 # === end shared ===
@@ -455,7 +457,7 @@ def train(model, data, cfg):
 @torch.no_grad()
 def evaluate(run, split, threshold):
     """run (model.masked or model.skipping) over a split -> arrays: label, prediction and loss in
-    nats, all like y, macs (N,), token_macs (N, T); and the threshold."""
+    nats, all shaped like y, macs (N,), token_macs (N, T); and the threshold."""
     batches = []
     for x, y in zip(split[0].split(250), split[1].split(250)):
         logits, macs, token_macs = run(network_input(x), threshold)
@@ -474,18 +476,15 @@ def summary(model, result):
 
 
 def calibrate(model, split, budgets=(0.35, 0.5, 0.6, 0.7, 0.85)):
-    """{budget: threshold at which a split takes that share of the static network's MACs}, found by
-    bisection, without the budgets that are out of reach; the full model last."""
+    """{budget: the first threshold at which a split takes that share of the static network's MACs},
+    without the budgets that are out of reach; the full model last."""
     def spent(threshold):
         return summary(model, evaluate(model.masked, split, threshold))["budget"]
 
     least, most, thresholds = spent(model.cheapest), spent(model.full), {}
+    grid = np.linspace(model.cheapest, model.full, 2 ** 14 + 1)             # spends more and more
     for budget in tqdm([b for b in budgets if least <= b <= most], "calibrate"):
-        low, high = model.cheapest, model.full
-        for _ in range(12):
-            middle = (low + high) / 2
-            low, high = (middle, high) if spent(middle) < budget else (low, middle)
-        thresholds[budget] = high
+        thresholds[budget] = float(grid[bisect.bisect_left(grid, budget, key=spent)])
     return thresholds | {most: model.full}
 
 
@@ -497,6 +496,8 @@ def wall_clock(model, x, threshold):
         for i in range(23):
             inputs = network_input(x[torch.arange(i * batch, (i + 1) * batch) % len(x)])
             for name in ("static", "skipping"):
+                if x.is_cuda:
+                    torch.cuda.synchronize()
                 began = time.perf_counter()
                 model.net(inputs) if name == "static" else model.skipping(inputs, threshold)
                 if x.is_cuda:
@@ -533,13 +534,13 @@ def load(path, model=None):
             model.eval()
         return run["options"], run["seconds"]
     except Exception as error:                              # the file can be anything
-        fail(f"--load {path} holds no such network ({str(error).splitlines()[0]})")
+        fail(f"--load {path}: {type(error).__name__}, {' '.join(str(error).split())[:200]}")
 
 
 def save(log, cfg, data, model, seconds, result, sweep, **extra):
     """Write the weights and the log of a run (README: The log), and print the means."""
-    here = ("data", "out", "load", "name", "device", "bf16")            # not of the run
-    options = {key: value for key, value in vars(cfg).items() if key not in here}
+    of_this_machine = ("data", "out", "load", "name", "device", "bf16")
+    options = {key: value for key, value in vars(cfg).items() if key not in of_this_machine}
     runs, N = list(sweep.values()), len(result["macs"])
     test = b"".join(part.cpu().numpy().tobytes() for part in data["test"])
     device = torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU"

@@ -67,9 +67,9 @@ def test_cifar10_from_the_archive_and_unpacked(tmp_path, records, monkeypatch, r
     assert [len(data[name][0]) for name in ("train", "calibration", "test")] == [45000, 5000, 10000]
     assert torch.equal(data["test"][1], (torch.arange(10000) % 10).byte())
     assert data["test"][0][7].unique().item() == 50007 % 251
-    for broken in (parts[MEMBERS[5]][:-1], b"\x0a" + parts[MEMBERS[5]][1:]):     # too short; label 10
-        (tmp_path / MEMBERS[5]).write_bytes(broken)
-        refuses("truncated or altered", script.read_cifar10, tmp_path)
+    for broken in (parts[MEMBERS[5]][:-1], b"\x0a" + parts[MEMBERS[5]][1:], None):   # short; label 10; gone
+        (tmp_path / MEMBERS[5]).write_bytes(broken) if broken else (tmp_path / MEMBERS[5]).unlink()
+        refuses("incomplete or altered", script.read_cifar10, tmp_path)
 
 
 def test_a_partial_download_never_passes_for_a_whole_file(tmp_path, monkeypatch, refuses):

@@ -73,6 +73,17 @@ def test_density_is_what_a_loop_counts():
         assert by_neuron[layer, 3] == pytest.approx(share, abs=1e-6)
 
 
+def test_neurons_that_always_or_never_fire_are_exactly_1_or_0():
+    """In a split of many batches, where sums of rounded shares would miss 1."""
+    model = build(script, "shapes")
+    with torch.no_grad():
+        model.net.blocks[0].mlp[0].bias[:5] = 100.0
+        model.net.blocks[1].mlp[0].bias[:7] = -100.0
+    x = torch.randint(256, (3000, 3, 32, 32), dtype=torch.uint8)
+    by_neuron = script.measure_density(model, (x, None))[1]
+    assert (by_neuron[0] == 1).sum() == 5 and (by_neuron[1] == 0).sum() >= 7
+
+
 def test_the_penalty_makes_activations_sparser():
     """The same steps with and without it, from the same start."""
     densities = []

@@ -112,10 +112,13 @@ def test_what_cannot_be_loaded_is_one_line(finished, run, tmp_path):
     weights = folder / f"logs/{dataset}-tiny/{name}-s7.pt"
     (tmp_path / "half.pt").write_bytes(weights.read_bytes()[:1000])
     (tmp_path / "text.pt").write_text("weights")
-    (tmp_path / "list.pt").write_bytes(b"")
+    (tmp_path / "empty.pt").write_bytes(b"")
     torch.save([1, 2], tmp_path / "list.pt")
-    for path, more in ((weights, ("--width", "64")), ("half.pt", ()), ("text.pt", ()), ("list.pt", ()),
-                       ("missing.pt", ())):
+    status, _, errors = run(name, "--load", str(weights), "--name", "x", "--width", "64", cwd=tmp_path)
+    assert status == 2 and "leave out --width" in errors
+    other = "shapes" if dataset == "pydoc" else "pydoc"
+    for path, more in ((weights, ("--dataset", other)), ("half.pt", ()), ("text.pt", ()), ("list.pt", ()),
+                       ("empty.pt", ()), ("missing.pt", ())):
         status, printed, errors = run(name, "--load", str(path), "--name", "x", *more, cwd=tmp_path)
         assert status == 2 and "Traceback" not in errors and str(path) in errors.splitlines()[-1]
 
@@ -176,7 +179,7 @@ ERRORS = [
     (["--device", "cuda"], "no CUDA"),
     (["--dataset", "shakespeare", "--data", "empty"], "--dataset shapes"),
     (["--dataset", "shakespeare", "--data", "broken"], "not the published file"),
-    (["--dataset", "cifar10", "--data", "broken"], "data_batch_1"),
+    (["--dataset", "cifar10", "--data", "broken"], "incomplete or altered"),
     (["--data", "broken/tinyshakespeare.txt"], "tinyshakespeare.txt"),
     (["--dataset", "pydoc", "--out", "broken/tinyshakespeare.txt"], "tinyshakespeare.txt"),
     (["--dataset", "pydoc", "--steps", "60", "--lr", "1e5"], "not finite at step"),
@@ -243,8 +246,8 @@ def test_the_static_network_learns():
 
 
 def test_the_learning_rate_rises_and_falls(monkeypatch):
-    """From a twenty-fifth of the peak to the peak in a tenth of the steps, then linearly to 0; AdamW
-    at a fifth of Muon's, and together they hold every parameter once."""
+    """Linearly to the peak in a tenth of the steps, then to 0; AdamW at a fifth of Muon's rate, and
+    together they hold every parameter once."""
     script, rates, held = scripts["relu_sparsity"], {"Muon": [], "AdamW": []}, {}
     model, cfg = build(script, "pydoc"), configure(script, "pydoc", "tiny", "--steps", "100")
     monkeypatch.setattr(script, "training_batches", lambda data, cfg: iter([(0, 0)] * 100))
@@ -259,8 +262,8 @@ def test_the_learning_rate_rises_and_falls(monkeypatch):
     script.train(model, dict(train=(torch.zeros(10), None)), cfg)
     hook.remove()
     muon = np.array(rates["Muon"])
-    assert np.allclose(rates["AdamW"], muon / 5) and muon[0] == pytest.approx(cfg.lr / 25)
-    assert muon.argmax() in (9, 10) and muon.max() == pytest.approx(cfg.lr, rel=0.02)
-    assert np.allclose(np.diff(muon[11:], 2), 0, atol=1e-9) and muon[-1] < 0.02 * cfg.lr
+    assert np.allclose(rates["AdamW"], muon / 5)
+    assert np.allclose(muon[:10], cfg.lr * np.arange(1, 11) / 10)
+    assert np.allclose(muon[10:], cfg.lr * np.arange(90, 0, -1) / 90)
     together = [id(p) for params in held.values() for p in params]
     assert sorted(together) == sorted(id(p) for p in model.parameters())
