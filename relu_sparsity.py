@@ -362,7 +362,7 @@ def network_input(x):
 
 def training_batches(data, cfg):
     """Endless (x, y), each epoch in a new order: images flipped every other epoch and shifted by up
-    to 2 pixels, windows of a text cut at other places, without overlap."""
+    to 4 pixels, windows of a text cut at other places, without overlap."""
     random = dict(generator=torch.Generator(cfg.device).manual_seed(cfg.seed), device=cfg.device)
     x, y = data["train"]
     stride = cfg.tokens if cfg.text else 1
@@ -372,9 +372,9 @@ def training_batches(data, cfg):
         for index in places[torch.randperm(len(places), **random)].split(cfg.batch):
             batch, B = network_input(x[index]), len(index)
             if not cfg.text:
-                padded = F.pad(batch, (2, 2, 2, 2), "reflect")              # (B, 3, 36, 36)
-                crops = padded.unfold(2, 32, 1).unfold(3, 32, 1)            # (B, 3, 5, 5, 32, 32)
-                row, column = torch.randint(5, (2, B), **random)
+                padded = F.pad(batch, (4, 4, 4, 4), "reflect")              # (B, 3, 40, 40)
+                crops = padded.unfold(2, 32, 1).unfold(3, 32, 1)            # (B, 3, 9, 9, 32, 32)
+                row, column = torch.randint(9, (2, B), **random)
                 batch = crops[torch.arange(B), :, row, column]
                 flip = (index + epoch) % 2 == 0
                 batch = torch.where(flip[:, None, None, None], batch.flip(3), batch)
@@ -386,8 +386,8 @@ def training_batches(data, cfg):
 SIZES = {   # for images, and for text
     "tiny": (dict(width=32, depth=2, batch=64, epochs=3, dropout=0.0, tokens=64, kernel=3),
              dict(width=32, depth=2, batch=64, epochs=1, dropout=0.0, tokens=64, kernel=8)),
-    "small": (dict(width=48, depth=8, batch=64, epochs=12, dropout=0.0, tokens=64, kernel=3),
-              dict(width=128, depth=6, batch=64, epochs=6, dropout=0.1, tokens=64, kernel=8)),
+    "small": (dict(width=48, depth=8, batch=128, epochs=16, dropout=0.0, tokens=64, kernel=3),
+              dict(width=80, depth=8, batch=32, epochs=10, dropout=0.1, tokens=128, kernel=8)),
     "base": (dict(width=128, depth=10, batch=256, epochs=60, dropout=0.1, tokens=64, kernel=3),
              dict(width=384, depth=9, batch=64, epochs=20, dropout=0.2, tokens=256, kernel=8))}
 

@@ -53,6 +53,8 @@ def tables():
                   "with the `--width`, `--depth` and `--name` of the row and the seeds listed.", "",
                   *static_table(logs), "Zeros of the networks above, at full width and depth:", "",
                   *zeros_table([log for log in logs if log.meta["name"] == STATIC])]
+    if lines[-1:] == [""] and len(lines) == 4:
+        lines.append("There are no logs yet.")
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -167,15 +167,15 @@ def test_training_batches_shift_and_flip(shapes):
             shown[epoch] += y.tolist()
             for image, index in zip(x, y):
                 original = script.network_input(shapes["train"][0][index][None])
-                padded = torch.nn.functional.pad(original, (2, 2, 2, 2), "reflect")[0]
+                padded = torch.nn.functional.pad(original, (4, 4, 4, 4), "reflect")[0]
                 if (index + epoch) % 2 == 0:
                     image = image.flip(2)
-                found = [(r, c) for r in range(5) for c in range(5)
+                found = [(r, c) for r in range(9) for c in range(9)
                          if torch.equal(image, padded[:, r:r + 32, c:c + 32])]
                 assert found
                 crops_seen.update(found)
         assert sorted(shown[epoch]) == list(range(250))
-    assert shown[0] != shown[1] and len(crops_seen) == 25
+    assert shown[0] != shown[1] and len(crops_seen) == 81
     again = next(script.training_batches(data, cfg))
     assert again[1].tolist() == shown[0][:100]              # the seed decides
     cfg.seed = 1
