@@ -46,31 +46,11 @@ SCRIPT = "relu_sparsity"
 
 def options(argv=None):
     """The command line, or a list of strings -> namespace."""
-    parser = argparse.ArgumentParser(prog=f"{SCRIPT}.py", usage="%(prog)s [options]",
-                                     description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--sparsity-weight", type=float, default=0.0, metavar="W",
+    parser = shared_options(__doc__)
+    parser.add_argument(
+        "--sparsity-weight", type=float, default=0.0, metavar="W",
         help="weight of a penalty on the share of neurons that matter (default: 0)")
-    # === shared: options ===
-    add("--dataset", choices=["cifar10", "shakespeare", "shapes", "pydoc"], default="cifar10",
-        help="the last two are embedded, the others are downloaded (default: cifar10)")
-    add("--size", choices=list(SIZES), help="of the network (default: base on CUDA, else small)")
-    add("--width", type=int, help="channels of a token (default: by --size, like the next three)")
-    add("--depth", type=int, help="number of blocks")
-    add("--batch", type=int, help="examples per training step")
-    add("--epochs", type=float, help="passes over the training data")
-    add("--steps", type=int, help="training steps, instead of --epochs")
-    add("--lr", type=float, default=0.02, help="peak learning rate of Muon; AdamW has a fifth")
-    add("--seed", type=int, default=0, help="of weights, batches and noise (default: 0)")
-    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    add("--bf16", action=argparse.BooleanOptionalAction, help="train in bfloat16 (default: CUDA)")
-    add("--data", default="data", help="folder of the data sets, filled by downloads")
-    add("--out", default=".", help="folder that gets logs/ and figures/")
-    add("--name", default=SCRIPT, help="of this run, in its log and file names")
-    add("--load", metavar="FILE", help="evaluate the .pt of an earlier run, under another --name")
     cfg = complete(parser, argv)
-    # === end shared ===
     if not 0 <= cfg.sparsity_weight < math.inf:
         parser.error("--sparsity-weight must be finite, and not negative")
     return cfg
@@ -103,10 +83,6 @@ class Model(nn.Module):
         super().__init__()
         self.net = StaticNet(cfg)
         self.sparsity_weight = cfg.sparsity_weight
-
-    def matrices(self):
-        """The parameters that Muon trains."""
-        return [p for p in self.net.blocks.parameters() if p.ndim == 2]
 
     def loss(self, x, y, progress):
         """What training minimises, and numbers for the progress bar. progress, from 0 to 1, is for
@@ -176,13 +152,13 @@ def main(cfg):
 
     result = evaluate(model.skipping, data["test"], model.full)     # exact zeros lose nothing
     sweep = {budget: evaluate(model.masked, data["test"], threshold)
-             for budget, threshold in calibrate(model, data["calibration"]).items()}
+             for budget, threshold in calibrate(model, data["calibration"])[1].items()}
     by_example, by_neuron = measure_density(model, data["test"])
     zeros = (1 - by_example.mean()) * by_neuron.size * cfg.tokens       # in an average example
     density = dict(layers=by_example.mean(0).tolist(), neurons=by_neuron.size,
                    never=int((by_neuron == 0).sum()), always=int((by_neuron == 1).sum()),
                    oracle_bound=float(1 - 2 * zeros * cfg.width / model.net.macs))
-    clock = wall_clock(model, data["test"][0], model.full)
+    clock = wall_clock(cfg, model, data["test"][0], model.full)
     save(log, cfg, data, model, seconds, result, sweep, wall_clock=clock, density=density)
 
     figure, free = draw(cfg, data, model, result, sweep)
@@ -204,8 +180,7 @@ def main(cfg):
 
 
 # Below: identical in all five scripts; read it once.
-
-# === shared: static network ===
+# === static network ===
 class Block(nn.Module):
     """Pre-norm residual block: a depthwise convolution mixes the tokens, 3 x 3 of them on images,
     the last `cfg.kernel` characters on text; then each token runs through the MLP. The residual
@@ -266,10 +241,9 @@ class StaticNet(nn.Module):
 
     def forward(self, x):
         return self.head(self.blocks(self.embed(x)))
-# === end shared ===
 
 
-# === shared: data ===
+# === data ===
 CIFAR10 = ("cifar-10-binary.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
            "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")
 SHAKESPEARE = ("tinyshakespeare.txt", "https://raw.githubusercontent.com/karpathy/char-rnn/master/"
@@ -308,22 +282,19 @@ def read_cifar10(folder):
 
 def draw_shapes(count):
     """Flowers with 0, 2, 3, 4 or 5 lobes, full or hollow -> images (count, 3, 32, 32), labels, and
-    a difficulty in [0, 1], which fades the flower, cuts it and adds noise."""
+    a difficulty in [0, 1], which fades the flower and adds noise."""
     rng = np.random.default_rng(0)
     labels, difficulty = rng.integers(10, size=count, dtype=np.uint8), rng.random(count) ** 1.5
     images = np.empty((count, 3, 32, 32), np.uint8)
     row, column = np.mgrid[-1:1:32j, -1:1:32j]
     for image, label, d in zip(images, labels, difficulty):
-        size, turn, cut = rng.uniform((0.6, 0, -0.5), (0.9, 6.28, 0.5))
-        left, up = rng.uniform(-0.2, 0.2, 2)
-        x, y = (column - left) / size, (row - up) / size
-        lobes = (0, 2, 3, 4, 5)[label // 2]
+        left, up, size, turn = rng.uniform((-0.2, -0.2, 0.6, 0), (0.2, 0.2, 0.9, 6.28))
+        x, y, lobes = (column - left) / size, (row - up) / size, (0, 2, 3, 4, 5)[label // 2]
         edge = np.hypot(x, y) - 0.7 - 0.3 * np.cos(lobes * np.arctan2(y, x) + turn)
         flower = np.clip(0.5 - 8 * (abs(edge) - 0.15 if label % 2 else edge), 0, 1)
-        flower *= (1 - 0.8 * d) * (abs(x - cut) > 0.3 * d)
         colour = rng.uniform(0.4, 0.8, (3, 1, 1)) * rng.choice((-1, 1), (3, 1, 1))
-        noise = 0.12 * d * rng.standard_normal((3, 32, 32))
-        image[:] = 255 * np.clip(rng.uniform(0.3, 0.7, (3, 1, 1)) + flower * colour + noise, 0, 1)
+        noise = 0.15 * d * rng.standard_normal((3, 32, 32))
+        image[:] = 255 * np.clip(0.5 + (1 - 0.9 * d) * flower * colour + noise, 0, 1)
     return images, labels, difficulty.astype(np.float32)
 
 
@@ -379,17 +350,41 @@ def training_batches(data, cfg):
                 flip = (index + epoch) % 2 == 0
                 batch = torch.where(flip[:, None, None, None], batch.flip(3), batch)
             yield batch, y[index].long()
-# === end shared ===
 
 
-# === shared: training ===
+# === options ===
 SIZES = {   # for images, and for text
     "tiny": (dict(width=32, depth=2, batch=64, epochs=3, dropout=0.0, tokens=64, kernel=3),
              dict(width=32, depth=2, batch=64, epochs=1, dropout=0.0, tokens=64, kernel=8)),
     "small": (dict(width=48, depth=8, batch=128, epochs=16, dropout=0.0, tokens=64, kernel=3),
-              dict(width=80, depth=8, batch=32, epochs=10, dropout=0.1, tokens=128, kernel=8)),
+              dict(width=72, depth=6, batch=32, epochs=10, dropout=0.1, tokens=128, kernel=8)),
     "base": (dict(width=128, depth=10, batch=256, epochs=60, dropout=0.1, tokens=64, kernel=3),
              dict(width=384, depth=9, batch=64, epochs=20, dropout=0.2, tokens=256, kernel=8))}
+
+
+def shared_options(doc):
+    """A parser that knows the options of all scripts."""
+    parser = argparse.ArgumentParser(prog=f"{SCRIPT}.py", usage="%(prog)s [options]",
+                                     description=doc,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("options of all scripts").add_argument
+    add("--dataset", choices=["cifar10", "shakespeare", "shapes", "pydoc"], default="cifar10",
+        help="the last two are embedded, the others are downloaded (default: cifar10)")
+    add("--size", choices=list(SIZES), help="of the network (default: base on CUDA, else small)")
+    add("--width", type=int, help="channels of a token (default: by --size, like the next three)")
+    add("--depth", type=int, help="number of blocks")
+    add("--batch", type=int, help="examples per training step")
+    add("--epochs", type=float, help="passes over the training data")
+    add("--steps", type=int, help="training steps, instead of --epochs")
+    add("--lr", type=float, default=0.02, help="peak learning rate of Muon; AdamW has a fifth")
+    add("--seed", type=int, default=0, help="of weights, batches and noise (default: 0)")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    add("--bf16", action=argparse.BooleanOptionalAction, help="train in bfloat16 (default: CUDA)")
+    add("--data", default="data", help="folder of the data sets, filled by downloads")
+    add("--out", default=".", help="folder that gets logs/ and figures/")
+    add("--name", default=SCRIPT, help="of this run, in its log and file names")
+    add("--load", metavar="FILE", help="evaluate the .pt of an earlier run, under another --name")
+    return parser
 
 
 def complete(parser, argv):
@@ -411,23 +406,23 @@ def complete(parser, argv):
     for key, default in SIZES[cfg.size][cfg.text].items():
         if getattr(cfg, key, None) is None:
             setattr(cfg, key, default)
-    for key in ("width", "depth", "batch", "epochs", "steps", "lr"):
-        value = getattr(cfg, key)
-        if value is not None and not 0 < value < 1e6:
-            parser.error(f"--{key} {value} must be above 0 and below a million")
-    if not 0 <= cfg.seed < 2 ** 31:
-        parser.error(f"--seed {cfg.seed} must be at least 0 and below 2 ** 31")
+    for key in ("width", "depth", "batch", "epochs", "steps", "lr", "seed"):
+        value, least = getattr(cfg, key), -1 if key == "seed" else 0
+        if value is not None and not least < value < 1e6:
+            parser.error(f"--{key} {value} must be above {least} and below a million")
     if cfg.device == "cuda" and not cuda:
         parser.error("--device cuda: torch finds no CUDA here")
     return cfg
 
 
+# === training ===
 def train(model, data, cfg):
-    """Muon for model.matrices(), AdamW for the rest; their rates rise linearly for a tenth of the
-    steps, then fall linearly to 0. -> seconds."""
-    matrices = model.matrices()
+    """Muon for the matrices of blocks, AdamW for all else; their rates rise linearly for a tenth of
+    the steps, then fall linearly to 0. -> seconds."""
+    matrices = [p for p in model.net.blocks.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
-    optimizers = [torch.optim.Muon(matrices, cfg.lr, weight_decay=0.1, adjust_lr_fn="original"),
+    decay = 0.1 if cfg.text else 0.0            # a text is short, and read many times
+    optimizers = [torch.optim.Muon(matrices, cfg.lr, weight_decay=decay, adjust_lr_fn="original"),
                   torch.optim.AdamW(others, cfg.lr / 5, betas=(0.9, 0.99), weight_decay=0.0)]
     examples = len(data["train"][0]) / (cfg.tokens if cfg.text else 1)      # windows overlap
     steps = cfg.steps or math.ceil(cfg.epochs * examples / cfg.batch)
@@ -450,10 +445,12 @@ def train(model, data, cfg):
             bar.set_postfix({key: f"{value.item():.3f}" for key, value in shown.items()})
     model.eval()
     return time.perf_counter() - began
-# === end shared ===
 
 
-# === shared: evaluation ===
+# === evaluation, log, picture ===
+BUDGETS = (0.35, 0.5, 0.6, 0.7, 0.85)       # mean MACs, as shares of the static network's
+
+
 @torch.no_grad()
 def evaluate(run, split, threshold):
     """run (model.masked or model.skipping) over a split -> arrays: label, prediction and loss in
@@ -475,39 +472,39 @@ def summary(model, result):
                 budget=float(result["macs"].mean() / model.net.macs))
 
 
-def calibrate(model, split, budgets=(0.35, 0.5, 0.6, 0.7, 0.85)):
-    """{budget: the first threshold at which a split takes that share of the static network's MACs},
-    without the budgets that are out of reach; the full model last."""
+def calibrate(model, split, budget=1.0):
+    """-> the threshold at which a split takes the budget, or as near as can be; and the same for
+    BUDGETS, without those out of reach, the full model last: {budget: threshold}."""
     def spent(threshold):
         return summary(model, evaluate(model.masked, split, threshold))["budget"]
 
-    least, most, thresholds = spent(model.cheapest), spent(model.full), {}
-    grid = np.linspace(model.cheapest, model.full, 2 ** 14 + 1)             # spends more and more
-    for budget in tqdm([b for b in budgets if least <= b <= most], "calibrate"):
-        thresholds[budget] = float(grid[bisect.bisect_left(grid, budget, key=spent)])
-    return thresholds | {most: model.full}
+    grid = np.linspace(model.cheapest, model.full, 2 ** 14 + 1).tolist()    # spends more and more
+    least, most, found = spent(grid[0]), spent(grid[-1]), []
+    if budget < least:
+        tqdm.write(f"a budget of {budget} is out of reach; {least:.3f} is the least")
+    wanted = [budget, *(each for each in BUDGETS if least <= each <= most)]
+    for each in tqdm(wanted, "calibrate"):
+        found.append(grid[min(bisect.bisect_left(grid, each, key=spent), len(grid) - 1)])
+    return found[0], dict(zip(wanted[1:], found[1:])) | {most: model.full}
 
 
 @torch.no_grad()
-def wall_clock(model, x, threshold):
+def wall_clock(cfg, model, x, threshold):
     """Median milliseconds of the static network and of `skipping`, batches of 1 and of 256."""
-    times = {}
+    seconds, static = {}, StaticNet(cfg).to(cfg.device).eval()
     for batch in (1, 256):
         for i in range(23):
             inputs = network_input(x[torch.arange(i * batch, (i + 1) * batch) % len(x)])
             for name in ("static", "skipping"):
-                if x.is_cuda:
-                    torch.cuda.synchronize()
+                inputs.sum().item()                                         # waits for a GPU
                 began = time.perf_counter()
-                model.net(inputs) if name == "static" else model.skipping(inputs, threshold)
-                if x.is_cuda:
-                    torch.cuda.synchronize()
-                times.setdefault(f"{name}_ms_batch_{batch}", []).append(time.perf_counter() - began)
-    return {name: 1000 * float(np.median(seconds[3:])) for name, seconds in times.items()}
-# === end shared ===
+                y = static(inputs) if name == "static" else model.skipping(inputs, threshold)[0]
+                y.sum().item()
+                key = f"{name}_ms_batch_{batch}"
+                seconds.setdefault(key, []).append(time.perf_counter() - began)
+    return {key: 1000 * float(np.median(each[3:])) for key, each in seconds.items()}
 
 
-# === shared: log and picture ===
 def fail(message):
     """End the program with one line and exit status 2."""
     tqdm.write(f"{SCRIPT}.py: {message}", sys.stderr)       # on a line of its own
@@ -552,11 +549,9 @@ def save(log, cfg, data, model, seconds, result, sweep, **extra):
         date=time.strftime("%Y-%m-%d"), **extra)
     loss = [run["loss"].reshape(N, -1).mean(1) for run in runs]
     correct = [(run["prediction"] == run["label"]).reshape(N, -1).mean(1) for run in runs]
-    arrays = {key: result[key] for key in ("label", "prediction", "macs")}
-    if cfg.text:
-        arrays["token_macs"] = result["token_macs"]
-    if "difficulty" in data:
-        arrays["difficulty"] = data["difficulty"]
+    arrays = {key: data[key] for key in ("difficulty",) if key in data}
+    for key in ("label", "prediction", "macs", "token_macs")[:4 if cfg.text else 3]:
+        arrays[key] = result[key]
     part = log.with_suffix(".part")                         # half a log never looks like a log
     with open(part, "wb") as file:
         np.savez_compressed(
@@ -571,17 +566,19 @@ def save(log, cfg, data, model, seconds, result, sweep, **extra):
         print(f"{key}:", ", ".join(f"{name} {value:.4g}" for name, value in meta[key].items()))
 
 
-def draw(cfg, data, model, result, sweep):
-    """Quality against MACs; the cheapest and the dearest examples, the MACs of their tokens laid
-    over them -> figure, and a subfigure that is left to the mechanism."""
+def draw(cfg, data, model, result, sweep, random=()):
+    """Quality against MACs, the random control beside it; the cheapest and the dearest examples,
+    the MACs of their tokens laid over them -> figure, and a subfigure for the mechanism."""
     figure = Figure(figsize=(14, 8), layout="constrained")
     top, bottom = figure.subfigures(2, 1)
     left, free = top.subfigures(1, 2, width_ratios=(1, 3))
-    points = [summary(model, run) for run in sweep.values()]
-    quality = "loss" if cfg.text else "accuracy"
-    axis = left.subplots()
-    axis.plot([p["budget"] for p in points], [p[quality] for p in points], "o-")
-    axis.set(title=cfg.name, xlabel="MACs, share of the static network's", ylabel=quality)
+    axis, quality = left.subplots(), "loss" if cfg.text else "accuracy"
+    means = [summary(model, run) for run in sweep.values()]
+    for label, points in ((cfg.name, means), ("at random", random)):
+        axis.plot([p["budget"] for p in points], [p[quality] for p in points], "o-",
+                  label=label if points else "")
+    axis.set(xlabel="MACs, share of the static network's", ylabel=quality)
+    axis.legend()
     tokens, order, count = result["token_macs"], result["macs"].argsort(), 2 if cfg.text else 8
     axes = bottom.subplots(2, count)
     for axis, i in zip(axes.flat, [*order[:count], *order[-count:]]):
@@ -603,11 +600,8 @@ def run_script():
     torch.backends.cudnn.allow_tf32 = False     # evaluation is float32, on a GPU as well
     try:
         main(options())
-    except OSError as error:
-        fail(error)
-    except KeyboardInterrupt:
-        fail("stopped")
-# === end shared ===
+    except (OSError, KeyboardInterrupt) as error:
+        fail(str(error) or "stopped")
 
 
 if __name__ == "__main__":

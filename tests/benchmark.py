@@ -55,7 +55,7 @@ def skipping(size):
             model, x = build(script, dataset, size), inputs(dataset, size, 512)
             threshold = model.full if script is STATIC else thresholds(model, x, (0.5,))[0]
             macs = model.skipping(x[:256], threshold)[1].double().mean() / model.net.macs
-            ms = script.wall_clock(model, stored(x), threshold)
+            ms = script.wall_clock(configure(script, dataset, size), model, stored(x), threshold)
             cells = [f"{ms[f'{run}_ms_batch_{b}'] / (1 if run == 'static' else ms[f'static_ms_batch_{b}']):.2f}"
                      for b in (1, 256) for run in ("static", "skipping")]
             print_row(name, dataset, f"{macs:.3f}", *cells)
@@ -66,7 +66,7 @@ def step_of(name, dataset, size):
     script, cfg = scripts[name], configure(scripts[name], dataset, size)
     model, x = build(script, dataset, size).train(), inputs(dataset, size, cfg.batch)
     y = torch.randint(10, (cfg.batch, cfg.tokens) if cfg.text else (cfg.batch,))
-    matrices = model.matrices()
+    matrices = [p for p in model.net.blocks.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     optimizers = [torch.optim.Muon(matrices, 1e-3, adjust_lr_fn="original"), torch.optim.AdamW(others, 1e-3)]
 

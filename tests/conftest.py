@@ -9,7 +9,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-NAMES = ["relu_sparsity"]
+NAMES = ["relu_sparsity", "early_exit", "gumbel_gates", "moe", "token_boost"]
 scripts = {name: importlib.import_module(name) for name in NAMES}
 draw_once = functools.lru_cache(scripts[NAMES[0]].draw_shapes)      # the same code in every script
 for module in scripts.values():
@@ -75,7 +75,7 @@ def build(script, dataset="shapes", size="tiny", *options, seed=0):
                 parameter.add_(0.1 * torch.randn_like(parameter))
         if dataset in ("shapes", "cifar10"):
             model.train()
-            model.net(inputs(dataset, size, 32))
+            model.net.embed(inputs(dataset, size, 32))
     return model.eval()
 
 

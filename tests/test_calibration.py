@@ -27,9 +27,14 @@ class Leaves:
 
 
 @pytest.mark.parametrize("center, width", ((0.5, 0.5), (0.2, 0.1), (0.9, 0.09)))
-def test_budgets_are_met_or_left_out(center, width):
+def test_budgets_are_met_or_left_out(center, width, monkeypatch, capsys):
     model = Leaves(center + width * np.random.default_rng(0).uniform(-1, 1, N))
-    found = script.calibrate(model, SPLIT, (0.39, 0.42, 0.55, 0.7, 0.95, 1.01))
+    monkeypatch.setattr(script, "BUDGETS", (0.39, 0.42, 0.55, 0.7, 0.95, 1.01))
+    own, found = script.calibrate(model, SPLIT, 0.55)
+    assert own == found[0.55]
+    assert script.calibrate(model, SPLIT, 0.3)[0] == model.cheapest
+    assert "0.3 is out of reach; 0.400 is the least" in capsys.readouterr().out
+    assert script.calibrate(model, SPLIT)[0] == pytest.approx(center + width, abs=0.01)
     assert list(found) == [0.42, 0.55, 0.7, 0.95, 1.0] and found[1.0] == model.full
     for budget, threshold in list(found.items())[:-1]:
         spent = np.where(model.confidence.numpy() >= threshold, 40, 100).mean() / 100

@@ -155,15 +155,6 @@ def test_the_loss_trains_everything(script, dataset):
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
-def test_muon_gets_matrices_of_blocks_only(script, dataset):
-    model = build(script, dataset)
-    inside = {id(p) for p in model.net.blocks.parameters()}
-    matrices = model.matrices()
-    assert len(matrices) >= 2 * len(model.net.blocks)
-    assert all(p.ndim == 2 and id(p) in inside for p in matrices)
-
-
-@pytest.mark.parametrize("dataset", DATASETS)
 def test_a_token_that_skips_the_mlp_keeps_its_state(dataset):
     """The convolution reads the residual stream and leaves it alone."""
     script = scripts["relu_sparsity"]

@@ -27,7 +27,8 @@ def finished(request, run, shorten, tmp_path_factory):
         name, dataset = request.param
         shorten(scripts[name], 300)
         folder = tmp_path_factory.mktemp(name)
-        status, printed, errors = run(name, "--dataset", dataset, *OPTIONS, "--steps", "30", cwd=folder)
+        more = ("--budget", "0.8") if name == "early_exit" else ()      # of two exits one costs 0.6
+        status, printed, errors = run(name, "--dataset", dataset, *OPTIONS, "--steps", "30", *more, cwd=folder)
         assert status == 0, errors[-2000:]
         folders[request.param] = name, dataset, folder, printed
     return folders[request.param]
@@ -76,7 +77,7 @@ def test_the_log_follows_the_schema(finished):
     assert meta["full"]["accuracy"] == pytest.approx(log["sweep_correct"][-1].astype(float).mean(), abs=1e-3)
     assert log["sweep_threshold"][-1] == scripts[name].Model.full
     realised = log["sweep_macs"].mean(1) / meta["static_macs"]
-    assert np.abs(realised - log["sweep_budget"]).max() < (0.1 if text else 0.03)       # of 300 examples
+    assert np.abs(realised - log["sweep_budget"]).max() < (0.1 if text else 0.05)       # of 300 examples
     assert np.ptp(log["macs"]) > 0
     assert not text or (log["token_macs"].sum(1) <= log["macs"]).all()
 
@@ -175,7 +176,7 @@ ERRORS = [
     (["--epochs", "inf"], "below a million"),
     (["--epochs", "nan"], "--epochs nan must"),
     (["--width", "0"], "--width 0 must"),
-    (["--seed", "99999999999999999999"], "below 2 ** 31"),
+    (["--seed", "99999999999999999999"], "below a million"),
     (["--device", "cuda"], "no CUDA"),
     (["--dataset", "shakespeare", "--data", "empty"], "--dataset shapes"),
     (["--dataset", "shakespeare", "--data", "broken"], "not the published file"),

@@ -1,0 +1,234 @@
+"""The trick, the gates at three grains, and what they are told about the budget."""
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gumbel_gates as script
+from conftest import build, configure, inputs, thresholds
+from test_contract import executed_macs
+
+CASES = [(grain, dataset) for grain in ("layer", "token", "group") for dataset in ("shapes", "pydoc")]
+cases = pytest.mark.parametrize("grain, dataset", CASES)
+ESTIMATORS = ("gumbel", "sigmoid_st", "reinforce")
+
+
+def gated(dataset="shapes", *options):
+    return build(script, dataset, "tiny", *options)
+
+
+def test_samples_follow_the_softmax():
+    """Chi-square of 20,000 samples of 4 choices, 3 degrees of freedom: 16.27 leaves 0.1 % above."""
+    torch.manual_seed(0)
+    scores = torch.tensor([0.5, -1.0, 2.0, 0.0])
+    samples = script.gumbel_softmax(scores.expand(20000, 4), temperature=1.0)
+    assert torch.equal(samples, samples.round()) and torch.equal(samples.sum(1), torch.ones(20000))
+    expected = 20000 * scores.softmax(-1)
+    assert ((samples.sum(0) - expected).square() / expected).sum() < 16.27
+    uniform = torch.full((4,), 5000.0)                      # the test can tell: not from a uniform
+    assert ((samples.sum(0) - uniform).square() / uniform).sum() > 1000
+
+    z = torch.tensor([-2.0, -0.5, 0.0, 1.0, 3.0])                               # k = 2
+    for estimator in ("gumbel", "reinforce"):
+        mean = script.sample_gates(z.expand(40000, 5), estimator).mean(0)
+        assert torch.allclose(mean, z.sigmoid(), atol=0.012)
+    assert script.sample_gates(z, "sigmoid_st").tolist() == [0, 0, 0, 1, 1]
+    with pytest.raises(ValueError, match="none of"):
+        script.sample_gates(z, "Gumbel")
+
+
+def test_the_gradient_is_that_of_the_relaxation():
+    """Against torch's own Gumbel-softmax with the same noise, and by hand for k = 2."""
+    weight, gradients = torch.randn(6, 5), []
+    for sampler in (script.gumbel_softmax, lambda s, t: F.gumbel_softmax(s, t, hard=True)):
+        scores = torch.linspace(-1, 1, 30).view(6, 5).requires_grad_()
+        torch.manual_seed(3)
+        out = sampler(scores, 0.7)
+        (out * weight).sum().backward()
+        gradients.append((out.detach(), scores.grad))
+    assert torch.allclose(gradients[0][0], gradients[1][0])
+    assert torch.allclose(gradients[0][1], gradients[1][1], atol=1e-6)
+
+    z = torch.tensor([0.3, -1.2], requires_grad=True)
+    torch.manual_seed(5)
+    script.sample_gates(z, "gumbel").sum().backward()
+    torch.manual_seed(5)
+    noise = -torch.empty(2, 2).exponential_().log()
+    p = (z.detach() + noise[:, 0] - noise[:, 1]).sigmoid()          # logistic noise on z
+    assert torch.allclose(z.grad, p * (1 - p), atol=1e-6)
+    z.grad = None
+    script.sample_gates(z, "sigmoid_st").sum().backward()
+    assert torch.allclose(z.grad, z.detach().sigmoid() * (1 - z.detach().sigmoid()))
+
+
+def test_reinforce_agrees_with_the_exact_gradient():
+    """Three gates, eight outcomes, all summed, against 200,000 samples; with and without baseline."""
+    z = torch.tensor([0.4, -0.7, 1.1], dtype=torch.float64, requires_grad=True)
+    reward = torch.randn(8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    outcomes = torch.tensor(list(itertools.product([0.0, 1.0], repeat=3)), dtype=torch.float64)
+    p = torch.where(outcomes > 0, z.sigmoid(), 1 - z.sigmoid()).prod(1)                 # (8,)
+    exact, = torch.autograd.grad(-(p * reward).sum(), z)
+
+    torch.manual_seed(1)
+    many = z.view(3, 1, 1, 1).expand(3, 200000, 1, 1)                                   # (L, B, R, U)
+    gates = script.sample_gates(many, "reinforce")
+    got = reward[(gates[..., 0, 0] * torch.tensor([4, 2, 1])[:, None]).sum(0).long()]
+    for baseline in (0.0, reward[5]):
+        loss = script.score_function(many, gates, got - baseline)
+        estimate, = torch.autograd.grad(loss, z, retain_graph=True)
+        assert torch.allclose(estimate, exact, atol=0.01) and exact.abs().max() > 0.05
+
+
+def test_reinforce_weighs_the_task_as_the_mean_loss_does(monkeypatch):
+    """64 copies of an image, 56 of them sampled: every outcome is run once, and counts as often as it
+    was drawn, against the greedy gates."""
+    model, y = gated("shapes", "--estimator", "reinforce").double(), torch.full((64,), 3)
+    model.budget_weight = 0.0
+    for gate in model.gates:
+        torch.nn.init.constant_(gate.out.bias, 0.5)
+    x, parameters = inputs("shapes", count=1).double().expand(64, -1, -1, -1), list(model.gates.parameters())
+    drawn = []
+    sample = script.sample_gates
+    monkeypatch.setattr(script, "sample_gates", lambda z, e: drawn.append(sample(z, e)) or drawn[-1])
+    torch.manual_seed(0)
+    got = torch.autograd.grad(model.loss(x, y, 1.0)[0], parameters)
+    gates = torch.stack(drawn[:2], 1)[8:]                                               # (56, L, 1, 1)
+    outcomes, counts = gates.unique(dim=0, return_counts=True)
+    assert counts.sum() == 56 and len(outcomes) == 4
+    greedy, total = F.cross_entropy(model.masked(x[:1], 0.0)[0], y[:1]), 0
+    for outcome, count in zip(outcomes, counts):
+        logits, z, _ = model.all_gates(x[:1], decisions=outcome[:, None])
+        log_p = torch.where(outcome[:, None] > 0, F.logsigmoid(z), F.logsigmoid(-z)).sum()
+        total = total + count / 64 * (F.cross_entropy(logits, y[:1]) - greedy).detach() * log_p
+    for a, b in zip(got, torch.autograd.grad(total, parameters)):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-6) and b.abs().max() > 0
+
+
+@cases
+def test_the_ends(grain, dataset):
+    """All open: the static network, and the gates' price. All closed: output biases on what was
+    embedded, by hand: stem and head, and convolutions unless whole blocks are closed."""
+    model, x = gated(dataset, "--grain", grain), inputs(dataset, count=3)
+    rows = 64 if grain == "token" or dataset == "pydoc" else 1
+    gates = 2 * rows * (32 * 16 + 16 * (4 if grain == "group" else 1))
+    with torch.no_grad():
+        static = model.net(x)
+        bare = model.net.embed(x) + sum(block.mlp[2].bias for block in model.net.blocks)
+        bare = model.net.head(bare)
+    conv = 0 if grain == "layer" and dataset == "shapes" else 2 * 64 * model.net.blocks[0].conv.weight.numel()
+    fixed = 64 * 128 * 32 if dataset == "pydoc" else 256 * 27 * 16 + 64 * 9 * 16 * 32 + 320
+    for run in (model.masked, model.skipping):
+        logits, macs, _ = run(x, model.full)
+        assert torch.allclose(logits, static, atol=1e-4)
+        assert macs.tolist() == [model.net.macs + gates] * 3
+        logits, macs, _ = run(x, model.cheapest)
+        assert torch.allclose(logits, bare, atol=1e-4)
+        assert macs.tolist() == [fixed + conv + gates] * 3
+
+
+@cases
+def test_the_contract_at_every_grain(grain, dataset):
+    """What runs is counted; masked, skipping, a second time and a single example agree."""
+    model, x = gated(dataset, "--grain", grain).double(), inputs(dataset, count=16)
+    x = x.double() if x.is_floating_point() else x
+    for threshold in thresholds(model, x, (0.3, 0.7)):
+        masked, skipping = model.masked(x, threshold), model.skipping(x, threshold)
+        executed, part = executed_macs(model.skipping, x[5:6], threshold)
+        assert executed == part[1].item() and part[2].sum() <= executed
+        for a, b, c in zip(masked, skipping, part):
+            assert torch.allclose(a.double(), b.double(), atol=1e-9, rtol=0)
+            assert torch.allclose(b[5:6].double(), c.double(), atol=1e-9, rtol=0)
+        assert len(masked[1].unique()) > 1                                      # mixed, not all alike
+        if dataset == "pydoc":
+            changed = torch.where(torch.arange(64) < 30, x, (x - 32 + 41) % 95 + 32)
+            other = model.skipping(changed, threshold)
+            assert torch.allclose(other[0][:, :30], skipping[0][:, :30], atol=1e-10)
+            assert torch.equal(other[2][:, :30], skipping[2][:, :30])
+            assert not torch.equal(other[2][:, 30:], skipping[2][:, 30:])
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@cases
+def test_the_task_alone_moves_every_gate(grain, dataset, estimator):
+    model = gated(dataset, "--grain", grain, "--estimator", estimator)
+    x, model.budget_weight = inputs(dataset, count=32), 0.0
+    torch.manual_seed(0)
+    y = torch.randint(10, (32, 64) if dataset == "pydoc" else (32,))
+    loss, _ = model.loss(x, y, 0.5)
+    for gradient in torch.autograd.grad(loss, [gate.out.bias for gate in model.gates]):
+        assert (gradient != 0).all()                                            # of every unit
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_an_eighth_of_the_batch_runs_everything(estimator):
+    """With gates that never open by themselves: two of sixteen are the static network, and the budget
+    term is about the others."""
+    model, x = gated("shapes", "--estimator", estimator), inputs("shapes", count=16)
+    for gate in model.gates:
+        torch.nn.init.constant_(gate.out.bias, -1000.0)
+    y = torch.arange(16) % 10
+    with torch.no_grad():
+        logits, _, gates = model.all_gates(x)
+        assert torch.allclose(logits[:2], model.net(x)[:2], atol=1e-5) and gates[:, :2].all()
+        assert torch.allclose(logits[2:], model.masked(x[2:], 0.0)[0], atol=1e-5) and not gates[:, 2:].any()
+        loss, shown = model.loss(x, y, 0.5)
+        task, closed = F.cross_entropy(logits, y), model.masked(x, model.cheapest)[1][0] / model.net.macs
+        assert shown["loss"].item() == pytest.approx(task.item(), rel=1e-5)
+        assert shown["macs"].item() == pytest.approx(closed.item())
+        assert loss.item() == pytest.approx((task + 10 * (closed - 0.5) ** 2).item(), rel=1e-5)
+
+
+def test_the_budget_is_for_the_batch_not_for_the_example():
+    """Half of the examples open, half closed: as if each ran one block of two; in a gradient, too."""
+    model = gated()
+    uneven = torch.tensor([1.0, 1, 0, 0]).view(1, 4, 1, 1).expand(2, -1, -1, -1).clone().requires_grad_()
+    even = torch.tensor([1.0, 0]).view(2, 1, 1, 1).expand(-1, 4, -1, -1)
+    macs = model.count_macs(uneven)[0]
+    assert macs.mean() == model.count_macs(even)[0].mean() and len(macs.unique()) == 2
+    macs.mean().backward()
+    assert torch.allclose(uneven.grad, torch.full_like(uneven, 64 * model.net.block_macs / 4))
+    assert model.count_macs(uneven.long())[0].tolist() == macs.tolist()
+
+
+def test_training_meets_the_budget():
+    """A hundred steps on text: at threshold 0, the rule of training, MACs are near the budget."""
+    torch.manual_seed(0)
+    cfg = configure(script, "pydoc", "tiny", "--steps", "150", "--budget", "0.7")
+    data, model = script.load_data(cfg), script.Model(cfg)
+    script.train(model, data, cfg)
+    few = [part[:100] for part in data["test"]]
+    spent = script.summary(model, script.evaluate(model.masked, few, 0.0))["budget"]
+    assert spent == pytest.approx(0.7, abs=0.15)
+    threshold, _ = script.calibrate(model, [part[:100] for part in data["calibration"]], 0.7)
+    assert script.summary(model, script.evaluate(model.skipping, few, threshold))["budget"] == pytest.approx(
+        0.7, abs=0.03)
+
+
+def test_mutual_information_by_hand():
+    """A gate that is the class, one that ignores it, and one that is open for 3/4 and 1/4."""
+    label = np.repeat([0, 1], 8)
+    gates = np.stack([label == 1, np.arange(16) % 2 == 0,
+                      np.r_[np.arange(8) < 6, np.arange(8) < 2]], 1)
+    h = -(0.75 * np.log2(0.75) + 0.25 * np.log2(0.25))
+    assert script.mutual_information(gates, label) == pytest.approx([1.0, 0.0, 1 - h])
+
+
+def test_gate_gradients_are_noisy_in_the_known_order(monkeypatch):
+    """Straight-through sigmoid has no noise at all, REINFORCE more than the trick; and a known one: the
+    length of a mean of 30 is not that of the mean."""
+    torch.manual_seed(0)
+    model = gated()
+    x, y = torch.randint(256, (64, 3, 32, 32)).byte(), torch.randint(10, (64,))
+    noise = script.gradient_noise(model, x, y)
+    assert noise["sigmoid_st"] < 1e-3 and noise["sigmoid_st"] < noise["gumbel"]
+    assert not noise["reinforce"] < noise["gumbel"]                             # it may be NaN
+    assert (model.estimator, model.budget_weight) == ("gumbel", 10.0)
+
+    def noisy(x, y, progress):          # every gradient has mean 1 and standard deviation 3
+        return sum((p * (1 + 3 * torch.randn_like(p))).sum() for p in model.gates.parameters()), {}
+
+    monkeypatch.setattr(model, "loss", noisy)
+    known = script.gradient_noise(model, x, y)
+    assert known == pytest.approx(dict.fromkeys(known, 3.0), rel=0.1)

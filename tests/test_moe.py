@@ -1,0 +1,269 @@
+"""Who runs, what it costs, that dispatch computes what a loop would, and what the losses say."""
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import moe as script
+from conftest import build, configure, inputs, thresholds
+from test_contract import executed_macs
+
+ROUTINGS = ("top_p", "top_k", "dynamic_k")
+DATASETS = ("shapes", "pydoc")
+
+
+def layer(E=4, C=6, h=5, N=40, seed=0):
+    """x (N, C), router weights with about half of the experts chosen, and experts, in float64."""
+    torch.manual_seed(seed)
+    weight = torch.rand(N, E).double() * (torch.rand(N, E) < 0.5)
+    return torch.randn(N, C).double(), weight, script.Experts(C, E, h).double()
+
+
+def loop(x, weight, experts):
+    """Tokens and experts one by one."""
+    E, y, up, down = weight.shape[1], [], experts.up, experts.down
+    h = up.out_features // E
+    for token, w in zip(x, weight):
+        total = down.bias
+        for e in range(E):
+            if w[e] > 0:
+                mine = slice(e * h, (e + 1) * h)
+                total = total + w[e] * down.weight[:, mine] @ (up.weight[mine] @ token
+                                                               + up.bias[mine]).relu()
+        y.append(total)
+    return torch.stack(y)
+
+
+def test_need_by_hand():
+    """p = (0.2, 0.5, 0.3): the best is expert 1, then 2, then 0."""
+    p = torch.tensor([[0.2, 0.5, 0.3]])
+    for routing, expected in (("top_p", [0.8, 0.0, 0.5]), ("dynamic_k", [0.6, 0.0, 0.4]),
+                              ("top_k", [2 / 3, 0.0, 1 / 3])):
+        assert script.need(p, routing)[0].tolist() == pytest.approx(expected)
+        ties = script.need(torch.full((2, 3, 4), 0.25), routing)
+        assert ties.shape == (2, 3, 4) and (ties.amin(-1) == 0).all()
+        if routing != "dynamic_k":                           # there, equals run together
+            assert ((ties < script.Model.cheapest).sum(-1) == 1).all()
+        sharp = torch.randn(500, 8).mul(20).softmax(-1)      # some are 0 or 1 in float32
+        needed = script.need(sharp, routing)
+        assert (needed.argmin(-1) == sharp.argmax(-1)).all()
+        assert needed.min() >= 0 and (needed < script.Model.full).all()
+    with pytest.raises(ValueError, match="none of"):
+        script.need(p, "topk")
+
+
+def test_threshold_for_spends_what_was_asked():
+    torch.manual_seed(0)
+    needed = script.need(torch.randn(3, 50, 8).softmax(-1), "top_p")
+    for k in (1.0, 1.5, 2.94, 7.9):
+        ran = (needed < script.threshold_for(needed, k)).sum(-1).float().mean().item()
+        assert ran == pytest.approx(k, abs=1 / 150)
+    assert (needed < script.threshold_for(needed, 8.0)).all()
+    ranks = script.need(torch.randn(3, 50, 8).softmax(-1), "top_k")
+    assert ((ranks < script.threshold_for(ranks, 3)).sum(-1) == 3).all()
+    equal = script.need(torch.full((50, 8), 1 / 8), "dynamic_k")            # all need 0: all run
+    assert (equal < script.threshold_for(equal, 2.0)).all()
+
+
+def test_experts_equal_a_loop_in_values_and_gradients():
+    x, weight, experts = layer()
+    weight[:, 2] = 0                                         # an expert that receives no token
+    weight[7] = 0                                            # a token that runs none: bias alone
+    weight[8] = 0.3 * torch.tensor([1.0, 1, 0, 1])
+    results = []
+    for run in (loop, lambda x, weight, experts: experts.dispatch(x, weight),
+                lambda x, weight, experts: experts(x, weight)):
+        leaves = [v.clone().requires_grad_() for v in (x, weight)]
+        y = run(*leaves, experts)
+        grads = list(torch.autograd.grad((y * torch.arange(6)).square().sum(),
+                                         [*leaves, *experts.parameters()]))
+        grads[1] = grads[1] * (weight > 0)                   # what is not chosen is not learnt from
+        results.append([y, *grads])
+    for other in results[1:]:
+        for expected, found in zip(results[0], other):
+            assert torch.allclose(expected, found, atol=1e-10)
+    assert torch.equal(experts.dispatch(x, weight)[7], experts.down.bias)
+
+
+def test_dispatch_reads_any_shape_dtype_and_a_single_token():
+    x, weight, experts = layer()
+    whole = experts.dispatch(x, weight)
+    folded = experts.dispatch(x.view(4, 10, 6), weight.view(4, 10, 4))
+    assert torch.allclose(folded, whole.view(4, 10, 6), atol=1e-12)
+    for i in range(5):
+        assert torch.allclose(experts.dispatch(x[i:i + 1], weight[i:i + 1]), whole[i:i + 1])
+    half = experts.bfloat16()                                # and the router in float32
+    y, expected = half.dispatch(x.bfloat16(), weight.float()), half(x.bfloat16(), weight.float())
+    assert y.dtype == expected.dtype == torch.bfloat16
+    assert torch.allclose(y.double(), whole, atol=0.05) and torch.allclose(y, expected, atol=0.05)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_the_contract_holds_for_every_routing(dataset, routing):
+    """What runs is what is counted; skipping, masked and a single example agree; all experts run
+    at the highest threshold, one per token and layer at the lowest."""
+    model, x = build(script, dataset, "tiny", "--routing", routing).double(), inputs(dataset, count=6)
+    x = x.double() if x.is_floating_point() else x
+    fixed = model.net.macs + 2 * 64 * (32 * 16 - 8 * 32 * 32)               # routers, and no MLPs
+    spent = []
+    for threshold in thresholds(model, x):
+        executed, skipping = executed_macs(model.skipping, x, threshold)
+        masked, alone = model.masked(x, threshold), model.skipping(x[2:3], threshold)
+        assert executed == skipping[1].sum()
+        for a, b, c in zip(masked, skipping, alone):
+            assert torch.allclose(a.double(), b.double(), atol=1e-9, rtol=0)
+            assert torch.allclose(b[2:3].double(), c.double(), atol=1e-9, rtol=0)
+        spent.append((skipping[1].double().mean().item() - fixed) / (2 * 64 * 2 * 32 * 16))
+    if routing != "dynamic_k":
+        assert spent[0] == 1
+    assert 1 <= spent[0] < spent[1] <= spent[-1] == 16                      # experts of a token and layer
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_one_expert_is_a_plain_mlp(dataset):
+    """E = 1 with all the neurons of an MLP: the static network itself, and the price of its router."""
+    static = build(script, dataset, "tiny", "--experts", "1", "--hidden", "128")
+    x = inputs(dataset)
+    tokens = static.net.embed(x)
+    for block in static.net.blocks:
+        h = block.mix(tokens)
+        tokens = tokens + block.mlp.down(block.mlp.up(h).relu())
+    expected = static.net.head(tokens)
+    for run in (static.masked, static.skipping):
+        for threshold in (static.cheapest, static.full):
+            logits, macs, _ = run(x, threshold)
+            assert torch.allclose(logits, expected, atol=1e-4)
+            assert macs.tolist() == [static.net.macs + 2 * 64 * 32] * 8
+    assert static.k == 1
+
+
+def test_balance_loss_is_one_at_uniform_load():
+    """k = 1 and 2 in turn around 8 experts, and top_p on permutations of one distribution; 4 for
+    everything on 2 of 8 experts; its gradient pushes down what is used too much."""
+    turn = torch.eye(8)[torch.arange(64) % 8]
+    for chosen in (turn, turn + turn.roll(1, 1)):
+        assert script.balance_loss(torch.full((64, 8), 1 / 8), chosen).item() == pytest.approx(1)
+    p = torch.tensor([0.4, 0.2, 0.1, 0.1, 0.05, 0.05, 0.05, 0.05])
+    p = torch.stack([p.roll(i) for i in range(8)])
+    chosen = script.need(p, "top_p") < 0.65
+    assert chosen.sum(-1).tolist() == [3] * 8
+    assert script.balance_loss(p, chosen).item() == pytest.approx(1)
+
+    skewed = torch.tensor([[1.0, 1, 0, 0, 0, 0, 0, 0]]).expand(5, 8)
+    assert script.balance_loss(skewed / 2, skewed).item() == pytest.approx(4)
+    logits = torch.zeros(5, 8, requires_grad=True)
+    script.balance_loss(logits.softmax(-1), skewed).backward()
+    assert (logits.grad[:, :2] > 0).all() and (logits.grad[:, 2:] < 0).all()
+    both = torch.stack([p.new_full((8, 8), 1 / 8), skewed[:1].expand(8, 8) / 2])   # layers apart
+    assert script.balance_loss(both, torch.stack([turn[:8], skewed[:1].expand(8, 8)])).tolist() == [1, 4]
+
+
+def test_the_task_teaches_the_router_at_k_1(monkeypatch):
+    """The gradient of the cross-entropy alone; were the weights renormalised, it would vanish."""
+    model, x = build(script, "pydoc", "tiny", "--routing", "top_k", "--budget", "0.4"), inputs("pydoc")
+    assert model.k == 1
+    raw, sizes = script.Experts.forward, []
+
+    def renormalised(self, x, weight):
+        return raw(self, x, weight / weight.sum(-1, keepdim=True))
+
+    for forward in (raw, renormalised):
+        monkeypatch.setattr(script.Experts, "forward", forward)
+        logits, chosen = model.dense(x)
+        assert chosen.sum(-1).eq(1).all()
+        loss = F.cross_entropy(logits.movedim(-1, 1), x.roll(-1, 1))
+        grads = torch.autograd.grad(loss, model.routers.parameters())
+        sizes.append(max(grad.abs().max().item() for grad in grads))
+    assert sizes[0] > 1e-4 and sizes[1] < 1e-4 * sizes[0]
+
+
+def test_the_loss_by_hand():
+    """What is shown is the cross-entropy alone; the auxiliary losses are those of the formulas."""
+    model, x = build(script, "pydoc", "tiny", "--balance", "5"), inputs("pydoc")
+    y = x.roll(-1, 1)
+    loss, shown = model.loss(x, y, 0.5)
+    logits, scores, _, chosen = model.all_experts(x)
+    plain = -logits.log_softmax(-1).gather(-1, y[..., None]).mean()
+    assert shown["loss"].item() == pytest.approx(plain.item(), abs=1e-5)
+    balance = z = entropy = 0
+    for s, w in zip(scores, chosen):                            # two layers
+        q = s.softmax(-1)
+        f, P = w.flatten(0, 1).mean(0), q.flatten(0, 1).mean(0)
+        balance += 16 * (f / f.sum() * P).sum() / 2
+        z += s.exp().sum(-1).log().square().mean() / 2
+        entropy -= (q * q.log()).sum(-1).mean() / 2
+    expected = plain + 5 * balance + 1e-3 * z + 1e-4 * entropy
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_sharp_router_has_a_gradient():
+    """Probabilities of exactly 0 in float32: their entropy is 0, and so is its derivative."""
+    model, x = build(script, "pydoc"), inputs("pydoc")
+    for router in model.routers:
+        router.out.weight.data *= 1000
+    loss, _ = model.loss(x, x, 0.5)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_the_threshold_of_training(routing):
+    """A few batches bring the mean number of experts to the budget's; at that threshold `masked` is
+    what was trained; evaluation moves nothing; and it is in the state."""
+    model, x = build(script, "pydoc", "tiny", "--routing", routing), inputs("pydoc", count=32)
+    if routing != "top_k":
+        model.threshold.fill_(0.9)
+    model.train()
+    for _ in range(60):
+        _, shown = model.loss(x, x, 0.5)
+    assert shown["experts"].item() == pytest.approx(model.k, abs=0.05)
+    model.eval()
+    before = model.threshold.clone()
+    logits, _ = model.dense(x)
+    _, _ = model.loss(x, x, 0.5)
+    masked, macs, _ = model.masked(x, model.threshold)
+    assert torch.equal(before, model.threshold) and torch.equal(logits, masked)
+    if routing != "top_k":
+        assert macs.double().mean() / model.net.macs == pytest.approx(0.5, abs=0.005)
+    other = build(script, "pydoc", "tiny", "--routing", routing, seed=1)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.threshold, model.threshold)
+
+
+def test_recomputing_the_forward_pass_gives_the_same_gradients():
+    """As torch.utils.checkpoint does, after the threshold was asked to move."""
+    x, gradients = inputs("pydoc", count=16), []
+    for again in (False, True):
+        model = build(script, "pydoc").train()
+        model.threshold.fill_(0.9)
+        dense = model.all_experts
+        if again:
+            model.all_experts = lambda *a: torch.utils.checkpoint.checkpoint(dense, *a, use_reentrant=False)
+        loss, _ = model.loss(x, x, 0.5)
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_use_is_what_a_loop_counts():
+    model = build(script)
+    split = [part[:300] for part in script.load_data(configure(script))["test"]]
+    kind = np.arange(300 * 64) % 3
+    use = script.expert_use(model, split, 0.5, kind)
+    chosen = model.dense(script.network_input(split[0]), 0.5)[1].flatten(1, 2).numpy()
+    assert use.shape == (3, 2, 16)
+    for k in range(3):
+        assert use[k, 1, 5] == pytest.approx(chosen[1, kind == k, 5].mean(), abs=0.01)
+
+
+def test_training_meets_the_budget():
+    cfg = configure(script, "pydoc", "tiny", "--steps", "100", "--budget", "0.6")
+    torch.manual_seed(0)
+    data, model = script.load_data(cfg), script.Model(cfg)
+    script.train(model, data, cfg)
+    threshold, _ = script.calibrate(model, [part[:100] for part in data["calibration"]], 0.6)
+    few = [part[:100] for part in data["test"]]
+    result = script.evaluate(model.skipping, few, threshold)
+    assert script.summary(model, result)["budget"] == pytest.approx(0.6, abs=0.02)
+    assert threshold == pytest.approx(model.threshold.item(), abs=0.05) and np.ptp(result["macs"]) > 0
