@@ -44,9 +44,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullLocator
 from tqdm import tqdm
 
-STATIC = "relu_sparsity"        # trains the static twin; has no budget of its own
+STATIC = "relu_sparsity"        # trains the static network; has no budget
 METHODS = (STATIC, "early_exit", "gumbel_gates", "moe", "token_boost")
-TRAINED = (STATIC,)             # the scripts that write logs of schema 2
 TEXTS = ("shakespeare", "pydoc")
 CLASSES = dict(cifar10="airplane automobile bird cat deer dog frog horse ship truck".split(),
                shapes=[f"{fill} {n} lobes" for n in (0, 2, 3, 4, 5) for fill in ("full", "hollow")])
@@ -799,7 +798,7 @@ def draw_quality(logs):
                   "D", ms=8, mfc="none", color=shade)
     if STATIC in methods:
         dense = np.mean([log.curve[1, -1] for log in methods[STATIC]])
-        axis.plot(1, dense, "*", color="black", ms=14, label="static twin, dense")
+        axis.plot(1, dense, "*", color="black", ms=14, label="static network")
         axis.axhline(dense, color="black", lw=0.5, ls=":")
     # A few thresholds destroy the model; showing them all would flatten the rest.
     values = np.concatenate([log.curve[1] for log in logs])
@@ -809,7 +808,7 @@ def draw_quality(logs):
                   (min(high, worst) if text else high) + 0.02)
     axis.plot([], [], "D", mfc="none", color="grey", label="as logged")
     axis.set(title="dots: thresholds; bands: lowest to highest seed",
-             xlabel="mean MACs per example, share of the dense twin's",
+             xlabel="mean MACs per example, share of the static network's",
              ylabel="loss, nats per character (lower is better)" if text else "test accuracy")
     axis.legend()
     return figure
@@ -830,7 +829,7 @@ def draw_deciles(logs, panels):
         for method, shade in colour(means).items():
             band(axis, place, means[method], shade, method)
         axis.set(title=name, xlabel="decile, easy to hard", xticks=place, xlim=(0.5, 10.5))
-    axes[0, 0].set_ylabel("mean MACs, share of the dense twin's")
+    axes[0, 0].set_ylabel("mean MACs, share of the static network's")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8,
                   title_fontsize=8, title="bands: lowest to highest seed;\n"
                   "no line: fewer than 10 in a decile")
@@ -923,7 +922,7 @@ def draw_passages(table, tokens, characters):
 
 
 def draw_time(logs):
-    """MACs and time as shares of the dense twin's: a pair of bars per method and batch size."""
+    """MACs and time as shares of the static network's: a pair of bars per method and batch size."""
     methods = by_method(log for log in logs if log.meta.get("wall_clock"))
     shades = [shade for name, shade in colour(by_method(logs)).items() if name in methods]
     figure, axes = canvas("MACs saved against time saved (rough where runs shared a machine)",
@@ -948,7 +947,7 @@ def draw_time(logs):
         axis.yaxis.set_minor_locator(NullLocator())
         axis.set_title(f"batch of {batch}")
         axis.set_xticks(range(len(methods)), methods, rotation=20, ha="right")
-    axes[0].set_ylabel("share of the dense twin's (log scale)\n"
+    axes[0].set_ylabel("share of the static network's (log scale)\n"
                        "below 1: saved, above 1: lost")
     figure.legend(handles=[Patch(color="grey", label="MACs"), Patch(
         facecolor="grey", hatch="///", edgecolor="white", label="time")],
@@ -1130,10 +1129,10 @@ def planned(args):
     missing ones, names of scripts that are not there, and the device. Raises UserError for a log
     that was trained with other options."""
     finished, missing, device = [], {}, "cpu"
-    absent = [name for name in TRAINED if not (HERE / f"{name}.py").exists()]
+    absent = [name for name in METHODS if not (HERE / f"{name}.py").exists()]
     asked = {key: value for key, value in vars(args).items() if value is not None and key in (
         "dataset", "size", "data", "out", "device", "steps", "epochs", "budget")}
-    for name, seed in itertools.product(TRAINED, range(args.seeds)):
+    for name, seed in itertools.product(METHODS, range(args.seeds)):
         if name in absent:
             continue
         script = importlib.import_module(name)      # knows its defaults, and what it would refuse
