@@ -5,9 +5,8 @@ leaves at the first head that is sure enough; for this input, the rest of the ne
 
     exit = the first l with certainty(head_l(x_l)) >= threshold, or the last
 
-An image leaves as a whole. In a text every character leaves alone: its decision reads nothing that
-comes after it, and the layers above skip its MLP; their convolutions, one MAC in a hundred, go on
-at all positions, where later characters read its state.
+An image leaves as a whole. In a text each character leaves on its own: its decision reads only what
+came before, and the blocks above skip its MLP. Their convolutions, few MACs, run at all positions.
 
 `--loss sum` weights the heads' cross-entropies by depth. `--loss branching` trains the heads as one
 soft mixture with learned gates g_l, for which the expected MACs c_1 are brought to the budget:
@@ -20,7 +19,7 @@ soft mixture with learned gates g_l, for which the expected MACs c_1 are brought
 
 Papers: Teerapittayanon et al. 2016, BranchyNet; Huang et al. 2018, MSDNet; Scardapane et al. 2020,
 Differentiable Branching; Schuster et al. 2022, CALM; Angelopoulos et al. 2021, Learn then Test.
-The guarantee of --risk needs independent examples: the windows of one text are so only roughly.
+--risk assumes independent examples, which the windows of one text are only roughly.
 """
 import argparse
 import bisect
@@ -53,10 +52,11 @@ def options(argv=None):
     add("--criterion", choices=["confidence", "margin", "entropy"], default="confidence",
         help="how sure a head is: by its best class, by the lead over the second, or by 1 - "
              "entropy / maximum; with --loss branching the learned gate")
-    add("--risk", type=float, help="share of right answers that may be lost, instead of a budget")
+    add("--risk", type=float,
+        help="instead of a budget: the share of answers that may turn from right to wrong")
     cfg = complete(parser, argv)
-    if not (0 < cfg.budget <= 1 and 0 < (cfg.risk or 0.5) < 1 and cfg.depth > 1):
-        parser.error("--budget and --risk lie between 0 and 1, and --depth is at least 2")
+    if not (0 < cfg.budget <= 1 and (cfg.risk is None or 0 < cfg.risk < 1) and cfg.depth > 1):
+        parser.error("--budget and --risk must be between 0 and 1, --depth at least 2")
     return cfg
 
 
@@ -92,7 +92,7 @@ class ExitHead(nn.Module):
         logits = self.out(x)
         if self.gate:
             return logits, self.gate(x).float().sigmoid().squeeze(-1)
-        return logits, certainty(logits, self.criterion)
+        return logits, certainty(logits.detach(), self.criterion)
 
 
 def exit_weights(gate):
@@ -125,8 +125,7 @@ class Model(nn.Module):
         active = x.new_ones(x.shape[:2] if self.text else x.shape[:1])
         for layer, block in enumerate(self.net.blocks):
             active = active if decisions is None else decisions[layer]
-            runs = active[..., None] if self.text else active[:, None, None]
-            x = torch.where(runs > 0, block(x), x)
+            x = torch.where(active.view(*active.shape, *[1] * (3 - active.ndim)) > 0, block(x), x)
             logits, sure = self.exits[layer](x)
             exits.append((logits, sure, active))
             if threshold is not None:
@@ -150,7 +149,7 @@ class Model(nn.Module):
         weights = exit_weights(sure[:-1])                                       # (L, ...)
         log_p = weights.clamp_min(1e-9).log()[..., None] + logits.float().log_softmax(-1)
         loss = F.nll_loss(log_p.logsumexp(0).movedim(-1, 1), y)
-        macs = weights.flatten(1).mean(1) @ self.exit_macs.to(weights)
+        macs = (weights.flatten(1).mean(1) * self.exit_macs.to(weights.device)).sum()
         return loss + 10 * (macs / self.net.macs - self.budget).square(), shown
 
     def masked(self, x, threshold):
@@ -164,11 +163,13 @@ class Model(nn.Module):
         return logits[last - 1], *self.count_macs(decisions[:last])
 
     def skipping(self, x, threshold):
-        """Blocks run for what has not left, and for nothing else -> logits, macs, token_macs."""
+        """Blocks, in a text their MLPs, run only for what has not left -> logits and MACs."""
         x, decisions = self.net.embed(x), []
         active = torch.ones(x.shape[:2] if self.text else x.shape[:1], dtype=bool, device=x.device)
         logits = x.new_zeros(*active.shape, self.net.out.out_features)
         for block, head in zip(self.net.blocks, self.exits):
+            if not self.text and not active.any():
+                break
             decisions.append(active)
             if self.text:
                 x[active] += block.mlp(block.mix(x)[active])                    # (n, C)
@@ -191,27 +192,11 @@ class Model(nn.Module):
         return net.example_macs - net.head_macs + heads + token_macs.sum(1), token_macs
 
 
-# === shared: random control ===
-def evaluate_random(model, split, threshold):
-    """`evaluate` with the decisions of `masked` dealt to other examples of a batch, or to other
-    tokens of the batch: the same rates and MACs, at random."""
-    def run(x, threshold):
-        _, decisions = model.dense(x, threshold)
-        rows = decisions[0].shape[:2]               # (B,), or (B, T): all layers are dealt alike
-        order = torch.randperm(math.prod(rows), generator=torch.Generator().manual_seed(0))
-        decisions = [d.long().flatten(0, len(rows) - 1)[order].view_as(d) for d in decisions]
-        return model.dense(x, decisions=decisions)[0], *model.count_macs(decisions)
-
-    return evaluate(run, split, threshold)
-# === end shared ===
-
-
 def certify(lost, risk, error=0.05):
     """Learn then Test: what N independent examples lose, in [0, 1], from the safest threshold to
-    the boldest, S x (N,) -> index of the boldest that loses at most `risk` in truth, or None; wrong
-    with a probability of at most `error`. A true mean is beyond the one seen by more than
-    sqrt(ln(1 / error) / 2 N) as rarely (Hoeffding). The walk ends where that could be too much; the
-    answer is the threshold BEFORE it."""
+    the boldest, S x (N,) -> index of the boldest whose true mean is at most `risk`, or None. By
+    Hoeffding a true mean exceeds the observed one by more than sqrt(ln(1 / error) / 2 N) with
+    probability at most `error`. The walk ends where it might; the answer is the one BEFORE."""
     last = None
     for index, losses in enumerate(lost):
         if losses.mean() + math.sqrt(math.log(1 / error) / (2 * len(losses))) > risk:
@@ -221,16 +206,18 @@ def certify(lost, risk, error=0.05):
 
 
 def certified_threshold(model, split, risk):
-    """The boldest of 51 thresholds that loses at most `risk` of the full model's right answers."""
+    """The boldest of 51 thresholds at which, 95 % certain, at most `risk` of the answers are right
+    in full and wrong early; that of the full model if too few examples can tell."""
     def right(threshold):
         result = evaluate(model.masked, split, threshold)
         return (result["prediction"] == result["label"]).reshape(len(result["macs"]), -1)
 
-    grid, full = np.linspace(model.full, model.cheapest, 51), right(model.full)
+    grid = model.full + (model.cheapest - model.full) * np.linspace(0, 1, 51) ** 2
+    full = right(model.full)
     index = certify(((full & ~right(each)).mean(1) for each in tqdm(grid, "certify")), risk)
     if index is None:
-        fail(f"--risk {risk} cannot be certified with {len(full)} calibration examples")
-    return float(grid[index])
+        tqdm.write(f"{len(full)} examples cannot certify a risk of {risk}: nothing leaves early")
+    return float(grid[index or 0])
 
 
 def main(cfg):
@@ -252,21 +239,21 @@ def main(cfg):
     save(log, cfg, data, model, seconds, result, sweep, wall_clock=clock, random=random)
 
     exits = [evaluate(model.leaving_at, data["test"], last) for last in range(1, cfg.depth + 1)]
-    macs = "token_macs" if cfg.text else "macs"
-    left = [(result[macs] == each[macs].flat[0]).mean() for each in exits]
+    of = "token_macs" if cfg.text else "macs"
+    left = [(result[of] == each[of].flat[0]).mean() for each in exits]
     right = np.array([each["prediction"] == each["label"] for each in exits])
     figure, free = draw(cfg, data, model, result, sweep, random)
     by_exit, leaving = free.subplots(1, 2)
     by_exit.plot(range(1, cfg.depth + 1), right.reshape(cfg.depth, -1).mean(1), "o-")
-    by_exit.set(title="all leave at one exit", xlabel="exit", ylabel="accuracy")
+    by_exit.set(title="accuracy if all leave at one exit", xlabel="exit")
     leaving.bar(range(1, cfg.depth + 1), left)
     leaving.set(title="share that leaves at each exit", xlabel="exit")
     figure.savefig(picture, dpi=120)
     for exit, each in enumerate(exits):
         means = ", ".join(f"{key} {mean:.4f}" for key, mean in summary(model, each).items())
         print(f"exit {exit + 1}: {left[exit]:.3f} leave here; if all did: {means}")
-    overthinking = (right[:-1].any(0) & ~right[-1]).mean()
-    print(f"overthinking: {overthinking:.4f} are right at an early exit and wrong at the last")
+    wrong_now = (right[:-1].any(0) & ~right[-1]).mean()
+    print(f"overthinking: {wrong_now:.4f} are right at some early exit, but wrong at the last")
     print(f"wrote {log} and {picture}")
 
 
@@ -460,7 +447,7 @@ def shared_options(doc):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("options of all scripts").add_argument
     add("--dataset", choices=["cifar10", "shakespeare", "shapes", "pydoc"], default="cifar10",
-        help="the last two are embedded, the others are downloaded (default: cifar10)")
+        help="the last two need no download (default: cifar10)")
     add("--size", choices=list(SIZES), help="of the network (default: base on CUDA, else small)")
     add("--width", type=int, help="channels of a token (default: by --size, like the next three)")
     add("--depth", type=int, help="number of blocks")
@@ -486,7 +473,7 @@ def complete(parser, argv):
         parser.set_defaults(**options)
         cfg = parser.parse_args(argv)
         for key in ("size", "width", "depth", "batch", "epochs", "steps", "lr", "seed"):
-            if getattr(cfg, key) != options[key]:
+            if getattr(cfg, key) != options.get(key):
                 parser.error(f"--load takes a run as it is: leave out --{key}")
     cuda = torch.cuda.is_available()
     cfg.device = cfg.device or ("cuda" if cuda else "cpu")
@@ -563,11 +550,24 @@ def summary(model, result):
                 budget=float(result["macs"].mean() / model.net.macs))
 
 
+def evaluate_random(model, split, threshold):
+    """The control: `evaluate` with the decisions of `masked` shuffled among the examples or tokens
+    of a batch; rates and MACs stay the same."""
+    def run(x, threshold):
+        _, decisions = model.dense(x, threshold)
+        rows = decisions[0].shape[:2]               # (B,), or (B, T); all layers alike
+        order = torch.randperm(math.prod(rows), generator=torch.Generator().manual_seed(0))
+        decisions = [(d != 0).long().flatten(0, len(rows) - 1)[order].view_as(d) for d in decisions]
+        return model.dense(x, decisions=decisions)[0], *model.count_macs(decisions)
+
+    return evaluate(run, split, threshold)
+
+
 def calibrate(model, split, budget=1.0):
     """-> the threshold at which a split takes the budget, or as near as can be; and the same for
     BUDGETS, without those out of reach, the full model last: {budget: threshold}."""
     def spent(threshold):
-        few = [part[:2000] for part in split]       # enough for a mean
+        few = [part[:2000] for part in split]       # enough to estimate a mean
         return summary(model, evaluate(model.masked, few, threshold))["budget"]
 
     grid = np.linspace(model.cheapest, model.full, 2 ** 14 + 1).tolist()    # spends more and more
@@ -576,7 +576,8 @@ def calibrate(model, split, budget=1.0):
         tqdm.write(f"a budget of {budget} is out of reach; {least:.3f} is the least")
     wanted = [budget, *(each for each in BUDGETS if least <= each <= most)]
     for each in tqdm(wanted, "calibrate"):
-        found.append(grid[min(bisect.bisect_left(grid, each, key=spent), len(grid) - 1)])
+        i = bisect.bisect_left(grid, each, key=spent)
+        found.append(min(grid[max(i - 1, 0):i + 1], key=lambda t: abs(spent(t) - each)))
     return found[0], dict(zip(wanted[1:], found[1:])) | {most: model.full}
 
 
@@ -608,7 +609,7 @@ def output_paths(cfg):
     run = f"{cfg.dataset}-{cfg.size}/{cfg.name}-s{cfg.seed}"
     log, picture = Path(cfg.out, f"logs/{run}.npz"), Path(cfg.out, f"figures/{run}.png")
     if cfg.load and Path(cfg.load).resolve() == log.with_suffix(".pt").resolve():
-        fail("--load never overwrites the run that it loads: choose another --name")
+        fail("--load must not overwrite the run that it loads: choose another --name")
     log.parent.mkdir(parents=True, exist_ok=True)
     picture.parent.mkdir(parents=True, exist_ok=True)
     return log, picture
@@ -632,12 +633,12 @@ def save(log, cfg, data, model, seconds, result, sweep, **extra):
     options = {key: value for key, value in vars(cfg).items() if key not in of_this_machine}
     runs, N = list(sweep.values()), len(result["macs"])
     test = b"".join(part.cpu().numpy().tobytes() for part in data["test"])
-    device = torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU"
     meta = dict(
         schema=2, name=cfg.name, script=SCRIPT, dataset=cfg.dataset, size=cfg.size, seed=cfg.seed,
         options=options, test_sha256=hashlib.sha256(test).hexdigest(), static_macs=model.net.macs,
         at_budget=summary(model, result), full=summary(model, runs[-1]), seconds=seconds,
-        device=device, threads=torch.get_num_threads(), torch=torch.__version__,
+        threshold=result["threshold"], threads=torch.get_num_threads(), torch=torch.__version__,
+        device=torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU",
         date=time.strftime("%Y-%m-%d"), **extra)
     loss = [run["loss"].reshape(N, -1).mean(1) for run in runs]
     correct = [(run["prediction"] == run["label"]).reshape(N, -1).mean(1) for run in runs]
@@ -658,7 +659,7 @@ def save(log, cfg, data, model, seconds, result, sweep, **extra):
         print(f"{key}:", ", ".join(f"{name} {value:.4g}" for name, value in meta[key].items()))
 
 
-def draw(cfg, data, model, result, sweep, random=()):
+def draw(cfg, data, model, result, sweep, random):
     """Quality against MACs, the random control beside it; the cheapest and the dearest examples,
     the MACs of their tokens laid over them -> figure, and a subfigure for the mechanism."""
     figure = Figure(figsize=(14, 8), layout="constrained")
@@ -667,8 +668,7 @@ def draw(cfg, data, model, result, sweep, random=()):
     axis, quality = left.subplots(), "loss" if cfg.text else "accuracy"
     means = [summary(model, run) for run in sweep.values()]
     for label, points in ((cfg.name, means), ("at random", random)):
-        axis.plot([p["budget"] for p in points], [p[quality] for p in points], "o-",
-                  label=label if points else "")
+        axis.plot([p["budget"] for p in points], [p[quality] for p in points], "o-", label=label)
     axis.set(xlabel="MACs, share of the static network's", ylabel=quality)
     axis.legend()
     tokens, order, count = result["token_macs"], result["macs"].argsort(), 2 if cfg.text else 8

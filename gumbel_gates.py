@@ -2,14 +2,14 @@
 
 A small gate before every block computes a score z from its input, and the block runs or does not:
 
-    x <- x + g * block(x),      g = 1 if z > 0 else 0
+    x <- x + g * F(x),      g = 1 if z > 0 else 0
 
-A step has no gradient, so z could not be learned. The trick: argmax_j (s_j + Gumbel noise_j) is a
-sample of k choices with scores s; take this hard sample forward, and backward the gradient of
+A step has no gradient, so z could not be learned. The trick: argmax_j (s_j + Gumbel noise_j) draws
+choice j with probability softmax(s)_j; take this hard sample forward, and backward the gradient of
 softmax((s + noise) / temperature). To run or not is k = 2 with the scores (z, 0). The gradient is
-not exact but has little noise, and a gate that opens by chance learns what its block is worth.
+not exact, but it has little noise.
 
-The loss is the cross-entropy + 10 (mean MACs - budget)^2 over a batch; asked of each example, the
+The loss is the cross-entropy + 10 (mean MACs - budget)^2 over a batch; applied to each example, the
 budget would make all examples alike. An eighth of each batch runs with all gates open, or nothing
 above the budget would be trained. Afterwards there is no noise: a block runs where z > threshold.
 
@@ -51,11 +51,11 @@ def options(argv=None):
     add = parser.add_argument
     add("--budget", type=float, default=0.5, help="mean MACs, as a share of the static network's")
     add("--grain", choices=["layer", "token", "group"], default="layer",
-        help="what a gate switches: a block for an image, the MLP for a token (in texts the same) "
-             "or a quarter of its neurons")
+        help="what a gate switches: a block, for an image; the MLP, for a token; or a quarter of "
+             "the MLP's neurons, for an image or a character")
     add("--estimator", choices=ESTIMATORS, default="gumbel",
         help="how gates learn: by the trick; by a sigmoid's gradient, without noise; by the score "
-             "function, from how much better than greedy gates the sampled ones did")
+             "function: how much better sampled gates did than greedy ones")
     cfg = complete(parser, argv)
     if not 0 < cfg.budget <= 1:
         parser.error(f"--budget {cfg.budget} must be above 0 and at most 1")
@@ -78,7 +78,7 @@ def gumbel_softmax(scores, temperature):
 
 
 def sample_gates(z, estimator):
-    """Scores z (...) -> gates (...) of zeros and ones, open with probability sigmoid(z)."""
+    """Scores z -> gates of 0 and 1, alike; 1 with probability sigmoid(z), but for sigmoid_st."""
     if estimator == "gumbel":           # the difference of two Gumbels is logistic noise on z
         return gumbel_softmax(torch.stack([z, torch.zeros_like(z)], -1), temperature=1.0)[..., 0]
     p = z.sigmoid()
@@ -144,7 +144,7 @@ class Model(nn.Module):
             elif threshold is not None:
                 gates = (z > threshold).to(z.dtype)
             else:
-                gates = sample_gates(z, self.estimator)
+                gates = sample_gates(z.float(), self.estimator)
                 gates = torch.cat([torch.ones_like(z[:len(z) // 8]), gates[len(z) // 8:]])
             layers.append((z, gates))
             up, _, down = block.mlp
@@ -172,8 +172,7 @@ class Model(nn.Module):
                 better = F.cross_entropy(greedy.movedim(-1, 1), y[sampled], reduction="none")
                 better = (better - each[sampled]).reshape(len(macs), -1).mean(1)
                 cheaper = self.count_macs(best)[0] / self.net.macs - macs
-            advantage = (better * len(macs) / len(x)
-                         + 2 * self.budget_weight * excess * cheaper)
+            advantage = better * len(macs) / len(x) + 2 * self.budget_weight * excess * cheaper
             loss = loss + score_function(z[:, sampled], gates[:, sampled], advantage)
         return loss + self.budget_weight * excess.square(), shown
 
@@ -210,21 +209,6 @@ class Model(nn.Module):
         return self.net.example_macs + self.gate_macs + token_macs.sum(1), token_macs
 
 
-# === shared: random control ===
-def evaluate_random(model, split, threshold):
-    """`evaluate` with the decisions of `masked` dealt to other examples of a batch, or to other
-    tokens of the batch: the same rates and MACs, at random."""
-    def run(x, threshold):
-        _, decisions = model.dense(x, threshold)
-        rows = decisions[0].shape[:2]               # (B,), or (B, T): all layers are dealt alike
-        order = torch.randperm(math.prod(rows), generator=torch.Generator().manual_seed(0))
-        decisions = [d.long().flatten(0, len(rows) - 1)[order].view_as(d) for d in decisions]
-        return model.dense(x, decisions=decisions)[0], *model.count_macs(decisions)
-
-    return evaluate(run, split, threshold)
-# === end shared ===
-
-
 def mutual_information(gates, label):
     """gates (N, G) of true and false, label (N,) -> bits (G,) that a gate tells about the label:
     H(p(open)) - sum_c p(c) H(p(open given c))."""
@@ -238,7 +222,7 @@ def mutual_information(gates, label):
 
 def gradient_noise(model, x, y, repeats=30):
     """How noisy is each estimator? Root of the total variance, over repeats on one batch, of the
-    gradient of the task by the gates' parameters, in lengths of its mean; nan if it drowns."""
+    gradient of the task by the gates' parameters, over the length of its mean; nan: it drowns."""
     kept, noise = (model.estimator, model.budget_weight), {}
     model.budget_weight = 0.0
     for model.estimator in ESTIMATORS:
@@ -271,24 +255,25 @@ def main(cfg):
     with torch.no_grad():
         gates = torch.cat([model.dense(network_input(x), threshold)[1]
                            for x in data["test"][0].split(250)], 1)             # (L, N, R, U)
-    gates = gates.transpose(0, 1).bool().cpu().numpy()
-    x, y = (part.cpu().numpy() for part in data["test"])
-    kind = x.flatten() if cfg.text else y.repeat(gates.shape[2])    # a character read, or a class
-    by_gate = gates.swapaxes(1, 2).reshape(len(kind), -1)                       # (N R, L U)
-    bits = mutual_information(by_gate, kind)
-    chance = mutual_information(by_gate, np.random.default_rng(0).permutation(kind))
-    noise = gradient_noise(model, *(part[:100] for part in data["calibration"]))
+    gates = gates.permute(1, 2, 0, 3).bool().cpu().numpy()                      # (N, R, L, U)
+    by_gate = gates.reshape(gates.shape[0] * gates.shape[1], -1)                # (N R, L U)
+    label = data["test"][0 if cfg.text else 1].cpu().numpy().flatten()  # a character read, a class
+    kind, shuffled = (each.repeat(len(by_gate) // len(label))
+                      for each in (label, np.random.default_rng(0).permutation(label)))
+    bits, chance = mutual_information(by_gate, kind), mutual_information(by_gate, shuffled)
+    noise = gradient_noise(model, *(part[:32] for part in data["calibration"]))
     figure, free = draw(cfg, data, model, result, sweep, random)
     axis, kinds = free.subplots(), np.bincount(kind).argsort()[::-1][:16]   # the most frequent ones
-    image = axis.imshow([by_gate[kind == each].mean(0) for each in kinds], aspect="auto", vmin=0)
+    image = axis.imshow([by_gate[kind == each].mean(0) for each in kinds], aspect="auto", vmin=0,
+                        vmax=1)
     axis.set_yticks(range(len(kinds)), [repr(chr(k)) if cfg.text else str(k) for k in kinds])
     axis.set(title="how often a gate is open", xlabel="gate", ylabel="class, or character read")
     free.colorbar(image)
     figure.savefig(picture, dpi=120)
-    rate, policies = by_gate.mean(0), len(np.unique(gates, axis=0))
+    rate, policies = by_gate.mean(0), len(np.unique(by_gate, axis=0))
     print(f"gates: {(rate > 0.99).mean():.2f} always open, {(rate < 0.01).mean():.2f} never; "
           f"{policies} policies")
-    print(f"the gate that tells most: {bits.max():.3f} bits, of shuffled ones {chance.max():.3f}")
+    print(f"the most informative gate: {bits.max():.3f} bits; labels shuffled: {chance.max():.3f}")
     print("noise of the gates' gradient:", ", ".join(f"{k} {v:.2f}" for k, v in noise.items()))
     print(f"wrote {log} and {picture}")
 
@@ -483,7 +468,7 @@ def shared_options(doc):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("options of all scripts").add_argument
     add("--dataset", choices=["cifar10", "shakespeare", "shapes", "pydoc"], default="cifar10",
-        help="the last two are embedded, the others are downloaded (default: cifar10)")
+        help="the last two need no download (default: cifar10)")
     add("--size", choices=list(SIZES), help="of the network (default: base on CUDA, else small)")
     add("--width", type=int, help="channels of a token (default: by --size, like the next three)")
     add("--depth", type=int, help="number of blocks")
@@ -509,7 +494,7 @@ def complete(parser, argv):
         parser.set_defaults(**options)
         cfg = parser.parse_args(argv)
         for key in ("size", "width", "depth", "batch", "epochs", "steps", "lr", "seed"):
-            if getattr(cfg, key) != options[key]:
+            if getattr(cfg, key) != options.get(key):
                 parser.error(f"--load takes a run as it is: leave out --{key}")
     cuda = torch.cuda.is_available()
     cfg.device = cfg.device or ("cuda" if cuda else "cpu")
@@ -586,11 +571,24 @@ def summary(model, result):
                 budget=float(result["macs"].mean() / model.net.macs))
 
 
+def evaluate_random(model, split, threshold):
+    """The control: `evaluate` with the decisions of `masked` shuffled among the examples or tokens
+    of a batch; rates and MACs stay the same."""
+    def run(x, threshold):
+        _, decisions = model.dense(x, threshold)
+        rows = decisions[0].shape[:2]               # (B,), or (B, T); all layers alike
+        order = torch.randperm(math.prod(rows), generator=torch.Generator().manual_seed(0))
+        decisions = [(d != 0).long().flatten(0, len(rows) - 1)[order].view_as(d) for d in decisions]
+        return model.dense(x, decisions=decisions)[0], *model.count_macs(decisions)
+
+    return evaluate(run, split, threshold)
+
+
 def calibrate(model, split, budget=1.0):
     """-> the threshold at which a split takes the budget, or as near as can be; and the same for
     BUDGETS, without those out of reach, the full model last: {budget: threshold}."""
     def spent(threshold):
-        few = [part[:2000] for part in split]       # enough for a mean
+        few = [part[:2000] for part in split]       # enough to estimate a mean
         return summary(model, evaluate(model.masked, few, threshold))["budget"]
 
     grid = np.linspace(model.cheapest, model.full, 2 ** 14 + 1).tolist()    # spends more and more
@@ -599,7 +597,8 @@ def calibrate(model, split, budget=1.0):
         tqdm.write(f"a budget of {budget} is out of reach; {least:.3f} is the least")
     wanted = [budget, *(each for each in BUDGETS if least <= each <= most)]
     for each in tqdm(wanted, "calibrate"):
-        found.append(grid[min(bisect.bisect_left(grid, each, key=spent), len(grid) - 1)])
+        i = bisect.bisect_left(grid, each, key=spent)
+        found.append(min(grid[max(i - 1, 0):i + 1], key=lambda t: abs(spent(t) - each)))
     return found[0], dict(zip(wanted[1:], found[1:])) | {most: model.full}
 
 
@@ -631,7 +630,7 @@ def output_paths(cfg):
     run = f"{cfg.dataset}-{cfg.size}/{cfg.name}-s{cfg.seed}"
     log, picture = Path(cfg.out, f"logs/{run}.npz"), Path(cfg.out, f"figures/{run}.png")
     if cfg.load and Path(cfg.load).resolve() == log.with_suffix(".pt").resolve():
-        fail("--load never overwrites the run that it loads: choose another --name")
+        fail("--load must not overwrite the run that it loads: choose another --name")
     log.parent.mkdir(parents=True, exist_ok=True)
     picture.parent.mkdir(parents=True, exist_ok=True)
     return log, picture
@@ -655,12 +654,12 @@ def save(log, cfg, data, model, seconds, result, sweep, **extra):
     options = {key: value for key, value in vars(cfg).items() if key not in of_this_machine}
     runs, N = list(sweep.values()), len(result["macs"])
     test = b"".join(part.cpu().numpy().tobytes() for part in data["test"])
-    device = torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU"
     meta = dict(
         schema=2, name=cfg.name, script=SCRIPT, dataset=cfg.dataset, size=cfg.size, seed=cfg.seed,
         options=options, test_sha256=hashlib.sha256(test).hexdigest(), static_macs=model.net.macs,
         at_budget=summary(model, result), full=summary(model, runs[-1]), seconds=seconds,
-        device=device, threads=torch.get_num_threads(), torch=torch.__version__,
+        threshold=result["threshold"], threads=torch.get_num_threads(), torch=torch.__version__,
+        device=torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU",
         date=time.strftime("%Y-%m-%d"), **extra)
     loss = [run["loss"].reshape(N, -1).mean(1) for run in runs]
     correct = [(run["prediction"] == run["label"]).reshape(N, -1).mean(1) for run in runs]
@@ -681,7 +680,7 @@ def save(log, cfg, data, model, seconds, result, sweep, **extra):
         print(f"{key}:", ", ".join(f"{name} {value:.4g}" for name, value in meta[key].items()))
 
 
-def draw(cfg, data, model, result, sweep, random=()):
+def draw(cfg, data, model, result, sweep, random):
     """Quality against MACs, the random control beside it; the cheapest and the dearest examples,
     the MACs of their tokens laid over them -> figure, and a subfigure for the mechanism."""
     figure = Figure(figsize=(14, 8), layout="constrained")
@@ -690,8 +689,7 @@ def draw(cfg, data, model, result, sweep, random=()):
     axis, quality = left.subplots(), "loss" if cfg.text else "accuracy"
     means = [summary(model, run) for run in sweep.values()]
     for label, points in ((cfg.name, means), ("at random", random)):
-        axis.plot([p["budget"] for p in points], [p[quality] for p in points], "o-",
-                  label=label if points else "")
+        axis.plot([p["budget"] for p in points], [p[quality] for p in points], "o-", label=label)
     axis.set(xlabel="MACs, share of the static network's", ylabel=quality)
     axis.legend()
     tokens, order, count = result["token_macs"], result["macs"].argsort(), 2 if cfg.text else 8

@@ -4,18 +4,18 @@ The MLP of a block becomes E small experts and a router, and a token runs few of
 
     p = softmax(router(x)),      y = sum over the chosen e of p_e * expert_e(x)
 
-Together the experts are larger than the MLP they replace; a token pays for a part of them. Expert e
+Together the experts are larger than the MLP they replace; a token pays for those it runs. Expert e
 runs where need_e < threshold, one number for all layers and tokens; `--routing` says what need is:
 
     top_p      the probability of the experts ahead of e: few run where the router is sure
     dynamic_k  1 - p_e / max p: those run that are nearly as likely as the likeliest
-    top_k      the rank of e, divided by E: as many for every token, so nothing ranks the examples
+    top_k      the rank of e, divided by E: the same number for every token, whatever it is
 
-The weight is p_e, not p_e / (sum of the chosen p): with one expert that is 1, whatever the router
-says, and the task would not teach it. Left alone routers collapse, as an expert that is used learns
-and is used more. The balance loss E * sum_e f_e P_e (f: share of all work done by e, P: mean of p)
-is 1 where the load is even; `--balance 0` shows the rest. No expert has a capacity, no token is
-dropped, there is no noise: an example does not depend on its neighbours.
+The weight is p_e, not p_e / (sum of the chosen p): with one expert that would be 1 whatever the
+router says, and the task could not train it. Left alone routers collapse: an expert that is used
+learns and is used more. The balance loss E * sum_e f_e P_e (f: share of all work done by e, P: mean
+of p) is 1 where the load is even; `--balance 0` shows the collapse. No expert has a capacity, no
+token is dropped, there is no noise: answers do not depend on the rest of a batch.
 
     python moe.py                                            # CIFAR-10
     python moe.py --dataset shakespeare                      # characters
@@ -53,13 +53,14 @@ def options(argv=None):
     add("--budget", type=float, default=0.5, help="mean MACs, as a share of the static network's")
     add("--routing", choices=["top_p", "top_k", "dynamic_k"], default="top_p",
         help="which experts a token runs")
-    add("--experts", type=int, default=16, help="in each layer")
+    add("--experts", type=int, default=16, help="number of experts in each layer")
     add("--hidden", type=int, help="neurons of an expert (default: half of the width)")
     add("--balance", type=float, default=0.01, help="weight of the balance loss")
     cfg = complete(parser, argv)
-    cfg.hidden = cfg.hidden or cfg.width // 2
+    cfg.hidden = max(cfg.width // 2, 1) if cfg.hidden is None else cfg.hidden
     if not (0 < cfg.budget <= 1 and 0 < cfg.experts and 0 < cfg.hidden and 0 <= cfg.balance < 1e6):
-        parser.error("--budget is at most 1, and no option is negative")
+        parser.error("--budget, --experts and --hidden must be above 0, --budget at most 1, "
+                     "--balance not negative")
     return cfg
 
 
@@ -79,8 +80,8 @@ def need(p, routing):
 
 
 def threshold_for(needed, k):
-    """needed (..., E) -> the threshold below which lie k experts of a token on average. It is above
-    0: the likeliest expert always runs."""
+    """needed (..., E) -> the threshold at which a token runs k experts on average. It is above 0:
+    the likeliest expert always runs."""
     count = round(k * needed[..., 0].numel())
     if count >= needed.numel():
         return needed.new_tensor(1.001)             # above all
@@ -128,7 +129,7 @@ class Experts(nn.Module):
         for own, w1, b1, w2 in zip(weight.flatten(0, -2).unbind(-1), *parts):
             token = own.nonzero()[:, 0]
             h = F.linear(flat[token], w1, b1).relu() * own[token, None].to(x.dtype)     # (n, h)
-            y.index_add_(0, token, h @ w2)
+            y.index_add_(0, token, (h @ w2).to(y.dtype))
         return y.view_as(x)
 
 
@@ -155,7 +156,7 @@ class Model(nn.Module):
 
     def all_experts(self, x, threshold=None, decisions=None):
         """Everything is computed -> logits, and of all layers scores, need and chosen (L, B, T, E).
-        Without a threshold it is that of training."""
+        threshold None: that of training."""
         x, layers = self.net.embed(x), []
         threshold = self.threshold if threshold is None else threshold
         for layer, (block, router) in enumerate(zip(self.net.blocks, self.routers)):
@@ -179,7 +180,8 @@ class Model(nn.Module):
         if self.training:
             self.threshold.lerp_(self.wanted, 0.1)
         logits, scores, needed, chosen = self.all_experts(x)
-        self.wanted.copy_(threshold_for(needed, self.k))
+        if self.training:
+            self.wanted.copy_(threshold_for(needed, self.k))
         loss = F.cross_entropy(logits.movedim(-1, 1), y)
         shown = dict(loss=loss, accuracy=(logits.argmax(-1) == y).float().mean(),
                      experts=chosen.sum(-1).mean())
@@ -212,21 +214,6 @@ class Model(nn.Module):
         return self.net.example_macs + token_macs.sum(1), token_macs
 
 
-# === shared: random control ===
-def evaluate_random(model, split, threshold):
-    """`evaluate` with the decisions of `masked` dealt to other examples of a batch, or to other
-    tokens of the batch: the same rates and MACs, at random."""
-    def run(x, threshold):
-        _, decisions = model.dense(x, threshold)
-        rows = decisions[0].shape[:2]               # (B,), or (B, T): all layers are dealt alike
-        order = torch.randperm(math.prod(rows), generator=torch.Generator().manual_seed(0))
-        decisions = [d.long().flatten(0, len(rows) - 1)[order].view_as(d) for d in decisions]
-        return model.dense(x, decisions=decisions)[0], *model.count_macs(decisions)
-
-    return evaluate(run, split, threshold)
-# === end shared ===
-
-
 @torch.no_grad()
 def expert_use(model, split, threshold, kind):
     """How often tokens of each kind run each expert: kind (N T,) -> (kinds, L, E), in order."""
@@ -257,16 +244,15 @@ def main(cfg):
     use = expert_use(model, data["test"], threshold, kind)
     load_of = np.einsum("kle,k->le", use, np.unique(kind, return_counts=True)[1])
     load_of = load_of / load_of.sum(1, keepdims=True)               # shares of a layer's work
-    entropy = -(load_of * np.log(np.maximum(load_of, 1e-12))).sum(1) / math.log(cfg.experts)
+    entropy = -(load_of * np.log(np.maximum(load_of, 1e-12))).sum(1)
     figure, free = draw(cfg, data, model, result, sweep, random)
     loads, kinds = free.subplots(1, 2)
     for axis, image in ((loads, load_of), (kinds, use.reshape(len(use), -1))):
         free.colorbar(axis.imshow(image, aspect="auto", vmin=0), ax=axis)
     loads.set(title="share of a layer's work", xlabel="expert", ylabel="layer")
-    kinds.set(title="how often it runs", xlabel="expert of each layer",
-              ylabel="character read" if cfg.text else "class")
+    kinds.set(title="how often it runs, by class or character", xlabel="expert of each layer")
     figure.savefig(picture, dpi=120)
-    print("entropy of the load by layer, 1 is even:", *(f"{each:.3f}" for each in entropy))
+    print("perplexity of the load by layer:", *(f"{math.exp(each):.1f}" for each in entropy))
     print(f"dead experts: {(load_of == 0).sum()} of {load_of.size}")
     print(f"wrote {log} and {picture}")
 
@@ -461,7 +447,7 @@ def shared_options(doc):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("options of all scripts").add_argument
     add("--dataset", choices=["cifar10", "shakespeare", "shapes", "pydoc"], default="cifar10",
-        help="the last two are embedded, the others are downloaded (default: cifar10)")
+        help="the last two need no download (default: cifar10)")
     add("--size", choices=list(SIZES), help="of the network (default: base on CUDA, else small)")
     add("--width", type=int, help="channels of a token (default: by --size, like the next three)")
     add("--depth", type=int, help="number of blocks")
@@ -487,7 +473,7 @@ def complete(parser, argv):
         parser.set_defaults(**options)
         cfg = parser.parse_args(argv)
         for key in ("size", "width", "depth", "batch", "epochs", "steps", "lr", "seed"):
-            if getattr(cfg, key) != options[key]:
+            if getattr(cfg, key) != options.get(key):
                 parser.error(f"--load takes a run as it is: leave out --{key}")
     cuda = torch.cuda.is_available()
     cfg.device = cfg.device or ("cuda" if cuda else "cpu")
@@ -564,11 +550,24 @@ def summary(model, result):
                 budget=float(result["macs"].mean() / model.net.macs))
 
 
+def evaluate_random(model, split, threshold):
+    """The control: `evaluate` with the decisions of `masked` shuffled among the examples or tokens
+    of a batch; rates and MACs stay the same."""
+    def run(x, threshold):
+        _, decisions = model.dense(x, threshold)
+        rows = decisions[0].shape[:2]               # (B,), or (B, T); all layers alike
+        order = torch.randperm(math.prod(rows), generator=torch.Generator().manual_seed(0))
+        decisions = [(d != 0).long().flatten(0, len(rows) - 1)[order].view_as(d) for d in decisions]
+        return model.dense(x, decisions=decisions)[0], *model.count_macs(decisions)
+
+    return evaluate(run, split, threshold)
+
+
 def calibrate(model, split, budget=1.0):
     """-> the threshold at which a split takes the budget, or as near as can be; and the same for
     BUDGETS, without those out of reach, the full model last: {budget: threshold}."""
     def spent(threshold):
-        few = [part[:2000] for part in split]       # enough for a mean
+        few = [part[:2000] for part in split]       # enough to estimate a mean
         return summary(model, evaluate(model.masked, few, threshold))["budget"]
 
     grid = np.linspace(model.cheapest, model.full, 2 ** 14 + 1).tolist()    # spends more and more
@@ -577,7 +576,8 @@ def calibrate(model, split, budget=1.0):
         tqdm.write(f"a budget of {budget} is out of reach; {least:.3f} is the least")
     wanted = [budget, *(each for each in BUDGETS if least <= each <= most)]
     for each in tqdm(wanted, "calibrate"):
-        found.append(grid[min(bisect.bisect_left(grid, each, key=spent), len(grid) - 1)])
+        i = bisect.bisect_left(grid, each, key=spent)
+        found.append(min(grid[max(i - 1, 0):i + 1], key=lambda t: abs(spent(t) - each)))
     return found[0], dict(zip(wanted[1:], found[1:])) | {most: model.full}
 
 
@@ -609,7 +609,7 @@ def output_paths(cfg):
     run = f"{cfg.dataset}-{cfg.size}/{cfg.name}-s{cfg.seed}"
     log, picture = Path(cfg.out, f"logs/{run}.npz"), Path(cfg.out, f"figures/{run}.png")
     if cfg.load and Path(cfg.load).resolve() == log.with_suffix(".pt").resolve():
-        fail("--load never overwrites the run that it loads: choose another --name")
+        fail("--load must not overwrite the run that it loads: choose another --name")
     log.parent.mkdir(parents=True, exist_ok=True)
     picture.parent.mkdir(parents=True, exist_ok=True)
     return log, picture
@@ -633,12 +633,12 @@ def save(log, cfg, data, model, seconds, result, sweep, **extra):
     options = {key: value for key, value in vars(cfg).items() if key not in of_this_machine}
     runs, N = list(sweep.values()), len(result["macs"])
     test = b"".join(part.cpu().numpy().tobytes() for part in data["test"])
-    device = torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU"
     meta = dict(
         schema=2, name=cfg.name, script=SCRIPT, dataset=cfg.dataset, size=cfg.size, seed=cfg.seed,
         options=options, test_sha256=hashlib.sha256(test).hexdigest(), static_macs=model.net.macs,
         at_budget=summary(model, result), full=summary(model, runs[-1]), seconds=seconds,
-        device=device, threads=torch.get_num_threads(), torch=torch.__version__,
+        threshold=result["threshold"], threads=torch.get_num_threads(), torch=torch.__version__,
+        device=torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU",
         date=time.strftime("%Y-%m-%d"), **extra)
     loss = [run["loss"].reshape(N, -1).mean(1) for run in runs]
     correct = [(run["prediction"] == run["label"]).reshape(N, -1).mean(1) for run in runs]
@@ -659,7 +659,7 @@ def save(log, cfg, data, model, seconds, result, sweep, **extra):
         print(f"{key}:", ", ".join(f"{name} {value:.4g}" for name, value in meta[key].items()))
 
 
-def draw(cfg, data, model, result, sweep, random=()):
+def draw(cfg, data, model, result, sweep, random):
     """Quality against MACs, the random control beside it; the cheapest and the dearest examples,
     the MACs of their tokens laid over them -> figure, and a subfigure for the mechanism."""
     figure = Figure(figsize=(14, 8), layout="constrained")
@@ -668,8 +668,7 @@ def draw(cfg, data, model, result, sweep, random=()):
     axis, quality = left.subplots(), "loss" if cfg.text else "accuracy"
     means = [summary(model, run) for run in sweep.values()]
     for label, points in ((cfg.name, means), ("at random", random)):
-        axis.plot([p["budget"] for p in points], [p[quality] for p in points], "o-",
-                  label=label if points else "")
+        axis.plot([p["budget"] for p in points], [p[quality] for p in points], "o-", label=label)
     axis.set(xlabel="MACs, share of the static network's", ylabel=quality)
     axis.legend()
     tokens, order, count = result["token_macs"], result["macs"].argsort(), 2 if cfg.text else 8

@@ -110,23 +110,23 @@ class Model(nn.Module):
     def masked(self, x, threshold):
         """Computes everything, counts what fired -> logits, macs (B,), token_macs (B, T)."""
         logits, fired = self.dense(x, threshold)
-        return logits, *self.count_macs(sum(h.count_nonzero(-1) for h in fired))
+        return logits, *self.count_macs(fired)
 
     def skipping(self, x, threshold):
         """Only neurons that fired enter the second product -> logits, macs, token_macs."""
-        x, fired = self.net.embed(x), 0
+        x, fired = self.net.embed(x), []
         for block in self.net.blocks:
             up, _, down = block.mlp
             h = F.threshold(up(block.mix(x)), threshold, 0.0)
-            fired = fired + h.count_nonzero(-1)                                 # (B, T)
+            fired.append(h)
             rows = down.weight.t().contiguous()     # (H, C): reading columns of W2 would be slow
             x = x + sparse_product(h.flatten(0, 1), rows).view_as(x) + down.bias
         return self.net.head(x), *self.count_macs(fired)
 
-    def count_macs(self, fired):
-        """fired (B, T), neurons of all layers -> macs (B,), token_macs (B, T)."""
-        H, C = self.net.blocks[0].mlp[0].weight.shape
-        silent = len(self.net.blocks) * H - fired
+    def count_macs(self, decisions):
+        """L tensors (B, T, H), not 0 where a neuron fired -> macs (B,), token_macs (B, T)."""
+        C = self.net.out.in_features
+        silent = sum((h == 0).sum(-1) for h in decisions)                       # (B, T)
         token_macs = self.net.token_macs - silent * C
         return self.net.example_macs + token_macs.sum(1), token_macs
 
@@ -151,17 +151,20 @@ def main(cfg):
     seconds = load(cfg.load, model)[1] if cfg.load else train(model, data, cfg)
 
     result = evaluate(model.skipping, data["test"], model.full)     # exact zeros lose nothing
-    sweep = {budget: evaluate(model.masked, data["test"], threshold)
-             for budget, threshold in calibrate(model, data["calibration"])[1].items()}
+    sweep, random = {}, []
+    for budget, threshold in calibrate(model, data["calibration"])[1].items():
+        sweep[budget] = evaluate(model.masked, data["test"], threshold)
+        random.append(summary(model, evaluate_random(model, data["test"], threshold)))
     by_example, by_neuron = measure_density(model, data["test"])
     zeros = (1 - by_example.mean()) * by_neuron.size * cfg.tokens       # in an average example
     density = dict(layers=by_example.mean(0).tolist(), neurons=by_neuron.size,
                    never=int((by_neuron == 0).sum()), always=int((by_neuron == 1).sum()),
                    oracle_bound=float(1 - 2 * zeros * cfg.width / model.net.macs))
     clock = wall_clock(cfg, model, data["test"][0], model.full)
-    save(log, cfg, data, model, seconds, result, sweep, wall_clock=clock, density=density)
+    save(log, cfg, data, model, seconds, result, sweep, random=random, wall_clock=clock,
+         density=density)
 
-    figure, free = draw(cfg, data, model, result, sweep)
+    figure, free = draw(cfg, data, model, result, sweep, random)
     layers, neurons, hard = free.subplots(1, 3)
     layers.violinplot(list(by_example.T), showmedians=True)
     layers.set(title="density of a layer, over examples", xlabel="layer")
@@ -369,7 +372,7 @@ def shared_options(doc):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("options of all scripts").add_argument
     add("--dataset", choices=["cifar10", "shakespeare", "shapes", "pydoc"], default="cifar10",
-        help="the last two are embedded, the others are downloaded (default: cifar10)")
+        help="the last two need no download (default: cifar10)")
     add("--size", choices=list(SIZES), help="of the network (default: base on CUDA, else small)")
     add("--width", type=int, help="channels of a token (default: by --size, like the next three)")
     add("--depth", type=int, help="number of blocks")
@@ -395,7 +398,7 @@ def complete(parser, argv):
         parser.set_defaults(**options)
         cfg = parser.parse_args(argv)
         for key in ("size", "width", "depth", "batch", "epochs", "steps", "lr", "seed"):
-            if getattr(cfg, key) != options[key]:
+            if getattr(cfg, key) != options.get(key):
                 parser.error(f"--load takes a run as it is: leave out --{key}")
     cuda = torch.cuda.is_available()
     cfg.device = cfg.device or ("cuda" if cuda else "cpu")
@@ -472,11 +475,24 @@ def summary(model, result):
                 budget=float(result["macs"].mean() / model.net.macs))
 
 
+def evaluate_random(model, split, threshold):
+    """The control: `evaluate` with the decisions of `masked` shuffled among the examples or tokens
+    of a batch; rates and MACs stay the same."""
+    def run(x, threshold):
+        _, decisions = model.dense(x, threshold)
+        rows = decisions[0].shape[:2]               # (B,), or (B, T); all layers alike
+        order = torch.randperm(math.prod(rows), generator=torch.Generator().manual_seed(0))
+        decisions = [(d != 0).long().flatten(0, len(rows) - 1)[order].view_as(d) for d in decisions]
+        return model.dense(x, decisions=decisions)[0], *model.count_macs(decisions)
+
+    return evaluate(run, split, threshold)
+
+
 def calibrate(model, split, budget=1.0):
     """-> the threshold at which a split takes the budget, or as near as can be; and the same for
     BUDGETS, without those out of reach, the full model last: {budget: threshold}."""
     def spent(threshold):
-        few = [part[:2000] for part in split]       # enough for a mean
+        few = [part[:2000] for part in split]       # enough to estimate a mean
         return summary(model, evaluate(model.masked, few, threshold))["budget"]
 
     grid = np.linspace(model.cheapest, model.full, 2 ** 14 + 1).tolist()    # spends more and more
@@ -485,7 +501,8 @@ def calibrate(model, split, budget=1.0):
         tqdm.write(f"a budget of {budget} is out of reach; {least:.3f} is the least")
     wanted = [budget, *(each for each in BUDGETS if least <= each <= most)]
     for each in tqdm(wanted, "calibrate"):
-        found.append(grid[min(bisect.bisect_left(grid, each, key=spent), len(grid) - 1)])
+        i = bisect.bisect_left(grid, each, key=spent)
+        found.append(min(grid[max(i - 1, 0):i + 1], key=lambda t: abs(spent(t) - each)))
     return found[0], dict(zip(wanted[1:], found[1:])) | {most: model.full}
 
 
@@ -517,7 +534,7 @@ def output_paths(cfg):
     run = f"{cfg.dataset}-{cfg.size}/{cfg.name}-s{cfg.seed}"
     log, picture = Path(cfg.out, f"logs/{run}.npz"), Path(cfg.out, f"figures/{run}.png")
     if cfg.load and Path(cfg.load).resolve() == log.with_suffix(".pt").resolve():
-        fail("--load never overwrites the run that it loads: choose another --name")
+        fail("--load must not overwrite the run that it loads: choose another --name")
     log.parent.mkdir(parents=True, exist_ok=True)
     picture.parent.mkdir(parents=True, exist_ok=True)
     return log, picture
@@ -541,12 +558,12 @@ def save(log, cfg, data, model, seconds, result, sweep, **extra):
     options = {key: value for key, value in vars(cfg).items() if key not in of_this_machine}
     runs, N = list(sweep.values()), len(result["macs"])
     test = b"".join(part.cpu().numpy().tobytes() for part in data["test"])
-    device = torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU"
     meta = dict(
         schema=2, name=cfg.name, script=SCRIPT, dataset=cfg.dataset, size=cfg.size, seed=cfg.seed,
         options=options, test_sha256=hashlib.sha256(test).hexdigest(), static_macs=model.net.macs,
         at_budget=summary(model, result), full=summary(model, runs[-1]), seconds=seconds,
-        device=device, threads=torch.get_num_threads(), torch=torch.__version__,
+        threshold=result["threshold"], threads=torch.get_num_threads(), torch=torch.__version__,
+        device=torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU",
         date=time.strftime("%Y-%m-%d"), **extra)
     loss = [run["loss"].reshape(N, -1).mean(1) for run in runs]
     correct = [(run["prediction"] == run["label"]).reshape(N, -1).mean(1) for run in runs]
@@ -567,7 +584,7 @@ def save(log, cfg, data, model, seconds, result, sweep, **extra):
         print(f"{key}:", ", ".join(f"{name} {value:.4g}" for name, value in meta[key].items()))
 
 
-def draw(cfg, data, model, result, sweep, random=()):
+def draw(cfg, data, model, result, sweep, random):
     """Quality against MACs, the random control beside it; the cheapest and the dearest examples,
     the MACs of their tokens laid over them -> figure, and a subfigure for the mechanism."""
     figure = Figure(figsize=(14, 8), layout="constrained")
@@ -576,8 +593,7 @@ def draw(cfg, data, model, result, sweep, random=()):
     axis, quality = left.subplots(), "loss" if cfg.text else "accuracy"
     means = [summary(model, run) for run in sweep.values()]
     for label, points in ((cfg.name, means), ("at random", random)):
-        axis.plot([p["budget"] for p in points], [p[quality] for p in points], "o-",
-                  label=label if points else "")
+        axis.plot([p["budget"] for p in points], [p[quality] for p in points], "o-", label=label)
     axis.set(xlabel="MACs, share of the static network's", ylabel=quality)
     axis.legend()
     tokens, order, count = result["token_macs"], result["macs"].argsort(), 2 if cfg.text else 8

@@ -1,4 +1,4 @@
-"""As many learners as the token needs: every MLP as a sequence of small ones, and a gate.
+"""As many learners as each token needs: every MLP becomes a sequence of small ones, with a gate.
 
 Boosting adds weak learners one by one, each correcting what the ones before it left. Cut the hidden
 layer of an MLP into N slices of H / N neurons: each is a learner, and with the first k of them
@@ -140,7 +140,7 @@ class BoostedMLP(nn.Module):
         for k in range(self.learners + 1):                      # with k = 0 products are empty
             wants, some = count == k, k * len(self.up.weight) // self.learners
             h = F.linear(x[wants], self.up.weight[:some], self.up.bias[:some]).relu()
-            y[wants] = F.linear(h, self.down.weight[:, :some], self.down.bias)
+            y[wants] = F.linear(h, self.down.weight[:, :some], self.down.bias).to(y.dtype)
         return y
 
     @torch.no_grad()
@@ -181,7 +181,7 @@ class Model(nn.Module):
             elif threshold is not None:
                 runs = (log_odds(gate(h)) > threshold).to(h.dtype)
             else:
-                runs = at_least(gumbel_softmax(gate(h), temperature=0.8))       # (B, T, N)
+                runs = at_least(gumbel_softmax(gate(h).float(), temperature=0.8))
                 runs = torch.cat([torch.ones_like(runs[:len(x) // 8]), runs[len(x) // 8:]])
             layers.append(runs)
             x = x + block.drop(block.mlp(h, runs))
@@ -192,6 +192,7 @@ class Model(nn.Module):
         if progress >= 0.5 and not self.teacher:
             for block, h in zip(self.net.blocks, self.prefix_errors(x)[1]):
                 block.mlp.sort(h)
+            torch.clear_autocast_cache()                # which holds the unsorted weights
             self.teacher.append(copy.deepcopy(self.net).eval().requires_grad_(False))
         if 0.5 <= progress < 0.7:
             errors, seen = self.prefix_errors(x)
@@ -253,21 +254,6 @@ class Model(nn.Module):
         return self.net.example_macs + token_macs.sum(1), token_macs
 
 
-# === shared: random control ===
-def evaluate_random(model, split, threshold):
-    """`evaluate` with the decisions of `masked` dealt to other examples of a batch, or to other
-    tokens of the batch: the same rates and MACs, at random."""
-    def run(x, threshold):
-        _, decisions = model.dense(x, threshold)
-        rows = decisions[0].shape[:2]               # (B,), or (B, T): all layers are dealt alike
-        order = torch.randperm(math.prod(rows), generator=torch.Generator().manual_seed(0))
-        decisions = [d.long().flatten(0, len(rows) - 1)[order].view_as(d) for d in decisions]
-        return model.dense(x, decisions=decisions)[0], *model.count_macs(decisions)
-
-    return evaluate(run, split, threshold)
-# === end shared ===
-
-
 def main(cfg):
     print(f"{cfg.dataset}, size {cfg.size}: {cfg.depth} blocks, width {cfg.width}, on {cfg.device}")
     log, picture = output_paths(cfg)
@@ -284,9 +270,10 @@ def main(cfg):
     clock = wall_clock(cfg, model, data["test"][0], threshold)
     save(log, cfg, data, model, seconds, result, sweep, wall_clock=clock, random=random)
 
+    model.teacher.clear()           # from here on errors are against its own whole MLPs
     with torch.no_grad():
         batches = [network_input(x) for x in data["calibration"][0].split(250)]
-        counts = torch.cat([model.dense(x, threshold)[1].sum(-1) for x in batches], 1)  # (L, N, T)
+        counts = torch.cat([model.dense(x, threshold)[1].sum(-1) for x in batches], 1)  # (L, B, T)
         errors = torch.stack([model.prefix_errors(x)[0].mean((2, 3)) for x in batches]).mean(0)
     figure, free = draw(cfg, data, model, result, sweep, random)
     learners, error = free.subplots(1, 2)
@@ -492,7 +479,7 @@ def shared_options(doc):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("options of all scripts").add_argument
     add("--dataset", choices=["cifar10", "shakespeare", "shapes", "pydoc"], default="cifar10",
-        help="the last two are embedded, the others are downloaded (default: cifar10)")
+        help="the last two need no download (default: cifar10)")
     add("--size", choices=list(SIZES), help="of the network (default: base on CUDA, else small)")
     add("--width", type=int, help="channels of a token (default: by --size, like the next three)")
     add("--depth", type=int, help="number of blocks")
@@ -518,7 +505,7 @@ def complete(parser, argv):
         parser.set_defaults(**options)
         cfg = parser.parse_args(argv)
         for key in ("size", "width", "depth", "batch", "epochs", "steps", "lr", "seed"):
-            if getattr(cfg, key) != options[key]:
+            if getattr(cfg, key) != options.get(key):
                 parser.error(f"--load takes a run as it is: leave out --{key}")
     cuda = torch.cuda.is_available()
     cfg.device = cfg.device or ("cuda" if cuda else "cpu")
@@ -595,11 +582,24 @@ def summary(model, result):
                 budget=float(result["macs"].mean() / model.net.macs))
 
 
+def evaluate_random(model, split, threshold):
+    """The control: `evaluate` with the decisions of `masked` shuffled among the examples or tokens
+    of a batch; rates and MACs stay the same."""
+    def run(x, threshold):
+        _, decisions = model.dense(x, threshold)
+        rows = decisions[0].shape[:2]               # (B,), or (B, T); all layers alike
+        order = torch.randperm(math.prod(rows), generator=torch.Generator().manual_seed(0))
+        decisions = [(d != 0).long().flatten(0, len(rows) - 1)[order].view_as(d) for d in decisions]
+        return model.dense(x, decisions=decisions)[0], *model.count_macs(decisions)
+
+    return evaluate(run, split, threshold)
+
+
 def calibrate(model, split, budget=1.0):
     """-> the threshold at which a split takes the budget, or as near as can be; and the same for
     BUDGETS, without those out of reach, the full model last: {budget: threshold}."""
     def spent(threshold):
-        few = [part[:2000] for part in split]       # enough for a mean
+        few = [part[:2000] for part in split]       # enough to estimate a mean
         return summary(model, evaluate(model.masked, few, threshold))["budget"]
 
     grid = np.linspace(model.cheapest, model.full, 2 ** 14 + 1).tolist()    # spends more and more
@@ -608,7 +608,8 @@ def calibrate(model, split, budget=1.0):
         tqdm.write(f"a budget of {budget} is out of reach; {least:.3f} is the least")
     wanted = [budget, *(each for each in BUDGETS if least <= each <= most)]
     for each in tqdm(wanted, "calibrate"):
-        found.append(grid[min(bisect.bisect_left(grid, each, key=spent), len(grid) - 1)])
+        i = bisect.bisect_left(grid, each, key=spent)
+        found.append(min(grid[max(i - 1, 0):i + 1], key=lambda t: abs(spent(t) - each)))
     return found[0], dict(zip(wanted[1:], found[1:])) | {most: model.full}
 
 
@@ -640,7 +641,7 @@ def output_paths(cfg):
     run = f"{cfg.dataset}-{cfg.size}/{cfg.name}-s{cfg.seed}"
     log, picture = Path(cfg.out, f"logs/{run}.npz"), Path(cfg.out, f"figures/{run}.png")
     if cfg.load and Path(cfg.load).resolve() == log.with_suffix(".pt").resolve():
-        fail("--load never overwrites the run that it loads: choose another --name")
+        fail("--load must not overwrite the run that it loads: choose another --name")
     log.parent.mkdir(parents=True, exist_ok=True)
     picture.parent.mkdir(parents=True, exist_ok=True)
     return log, picture
@@ -664,12 +665,12 @@ def save(log, cfg, data, model, seconds, result, sweep, **extra):
     options = {key: value for key, value in vars(cfg).items() if key not in of_this_machine}
     runs, N = list(sweep.values()), len(result["macs"])
     test = b"".join(part.cpu().numpy().tobytes() for part in data["test"])
-    device = torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU"
     meta = dict(
         schema=2, name=cfg.name, script=SCRIPT, dataset=cfg.dataset, size=cfg.size, seed=cfg.seed,
         options=options, test_sha256=hashlib.sha256(test).hexdigest(), static_macs=model.net.macs,
         at_budget=summary(model, result), full=summary(model, runs[-1]), seconds=seconds,
-        device=device, threads=torch.get_num_threads(), torch=torch.__version__,
+        threshold=result["threshold"], threads=torch.get_num_threads(), torch=torch.__version__,
+        device=torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU",
         date=time.strftime("%Y-%m-%d"), **extra)
     loss = [run["loss"].reshape(N, -1).mean(1) for run in runs]
     correct = [(run["prediction"] == run["label"]).reshape(N, -1).mean(1) for run in runs]
@@ -690,7 +691,7 @@ def save(log, cfg, data, model, seconds, result, sweep, **extra):
         print(f"{key}:", ", ".join(f"{name} {value:.4g}" for name, value in meta[key].items()))
 
 
-def draw(cfg, data, model, result, sweep, random=()):
+def draw(cfg, data, model, result, sweep, random):
     """Quality against MACs, the random control beside it; the cheapest and the dearest examples,
     the MACs of their tokens laid over them -> figure, and a subfigure for the mechanism."""
     figure = Figure(figsize=(14, 8), layout="constrained")
@@ -699,8 +700,7 @@ def draw(cfg, data, model, result, sweep, random=()):
     axis, quality = left.subplots(), "loss" if cfg.text else "accuracy"
     means = [summary(model, run) for run in sweep.values()]
     for label, points in ((cfg.name, means), ("at random", random)):
-        axis.plot([p["budget"] for p in points], [p[quality] for p in points], "o-",
-                  label=label if points else "")
+        axis.plot([p["budget"] for p in points], [p[quality] for p in points], "o-", label=label)
     axis.set(xlabel="MACs, share of the static network's", ylabel=quality)
     axis.legend()
     tokens, order, count = result["token_macs"], result["macs"].argsort(), 2 if cfg.text else 8

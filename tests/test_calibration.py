@@ -39,7 +39,13 @@ def test_budgets_are_met_or_left_out(center, width, monkeypatch, capsys):
     for budget, threshold in list(found.items())[:-1]:
         spent = np.where(model.confidence.numpy() >= threshold, 40, 100).mean() / 100
         assert spent == pytest.approx(budget, abs=0.003)
-        assert spent >= budget - 1e-9                       # the end of the last interval that spends it
+
+
+def test_where_nothing_lies_between_the_nearer_end_is_taken():
+    """All examples are equally sure: they cost 40 or 100."""
+    for budget, spent in ((0.6, 40), (0.8, 100)):
+        threshold, _ = script.calibrate(Leaves(np.full(N, 0.5)), SPLIT, budget)
+        assert (100 if threshold > 0.5 else 40) == spent
 
 
 def test_an_evaluation_by_hand():
