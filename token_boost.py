@@ -193,7 +193,7 @@ class Model(nn.Module):
             for block, h in zip(self.net.blocks, self.prefix_errors(x)[1]):
                 block.mlp.sort(h)
             torch.clear_autocast_cache()                # which holds the unsorted weights
-            self.teacher.append(copy.deepcopy(self.net).eval().requires_grad_(False))
+            self.teacher.append(copy.deepcopy(self.net).eval())
         if 0.5 <= progress < 0.7:
             errors, seen = self.prefix_errors(x)
             if progress < 0.65:

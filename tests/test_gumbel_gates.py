@@ -178,6 +178,13 @@ def test_an_eighth_of_the_batch_runs_everything(estimator):
         assert shown["loss"].item() == pytest.approx(task.item(), rel=1e-5)
         assert shown["macs"].item() == pytest.approx(closed.item())
         assert loss.item() == pytest.approx((task + 10 * (closed - 0.5) ** 2).item(), rel=1e-5)
+        for gate in model.gates:
+            torch.nn.init.zeros_(gate.out.bias)
+        torch.manual_seed(3)
+        _, shown = model.loss(x, y, 0.5)
+        torch.manual_seed(3)
+        macs = model.count_macs(model.all_gates(x)[2][:, 2:])[0].mean() / model.net.macs
+        assert shown["macs"].item() == pytest.approx(macs.item())
 
 
 def test_the_budget_is_for_the_batch_not_for_the_example():
