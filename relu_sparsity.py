@@ -183,7 +183,8 @@ def main(cfg):
 
 
 # Below: identical in all five scripts; read it once.
-# === static network ===
+
+# === shared: static network ===
 class Block(nn.Module):
     """Pre-norm residual block: a depthwise convolution mixes the tokens, 3 x 3 of them on images,
     the last `cfg.kernel` characters on text; then each token runs through the MLP. The residual
@@ -244,9 +245,10 @@ class StaticNet(nn.Module):
 
     def forward(self, x):
         return self.head(self.blocks(self.embed(x)))
+# === end shared ===
 
 
-# === data ===
+# === shared: data ===
 CIFAR10 = ("cifar-10-binary.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
            "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")
 SHAKESPEARE = ("tinyshakespeare.txt", "https://raw.githubusercontent.com/karpathy/char-rnn/master/"
@@ -353,9 +355,10 @@ def training_batches(data, cfg):
                 flip = (index + epoch) % 2 == 0
                 batch = torch.where(flip[:, None, None, None], batch.flip(3), batch)
             yield batch, y[index].long()
+# === end shared ===
 
 
-# === options ===
+# === shared: options ===
 SIZES = {   # for images, and for text
     "tiny": (dict(width=32, depth=2, batch=64, epochs=3, dropout=0.0, tokens=64, kernel=3),
              dict(width=32, depth=2, batch=64, epochs=1, dropout=0.0, tokens=64, kernel=8)),
@@ -416,9 +419,10 @@ def complete(parser, argv):
     if cfg.device == "cuda" and not cuda:
         parser.error("--device cuda: torch finds no CUDA here")
     return cfg
+# === end shared ===
 
 
-# === training ===
+# === shared: training ===
 def train(model, data, cfg):
     """Muon for the matrices of blocks, AdamW for all else; their rates rise linearly for a tenth of
     the steps, then fall linearly to 0. -> seconds."""
@@ -448,9 +452,10 @@ def train(model, data, cfg):
             bar.set_postfix({key: f"{value.item():.3f}" for key, value in shown.items()})
     model.eval()
     return time.perf_counter() - began
+# === end shared ===
 
 
-# === evaluation, log, picture ===
+# === shared: evaluation ===
 BUDGETS = (0.35, 0.5, 0.6, 0.7, 0.85)       # mean MACs, as shares of the static network's
 
 
@@ -521,8 +526,10 @@ def wall_clock(cfg, model, x, threshold):
                 key = f"{name}_ms_batch_{batch}"
                 seconds.setdefault(key, []).append(time.perf_counter() - began)
     return {key: 1000 * float(np.median(each[3:])) for key, each in seconds.items()}
+# === end shared ===
 
 
+# === shared: log and picture ===
 def fail(message):
     """End the program with one line and exit status 2."""
     tqdm.write(f"{SCRIPT}.py: {message}", sys.stderr)       # on a line of its own
@@ -619,6 +626,7 @@ def run_script():
         main(options())
     except (OSError, KeyboardInterrupt) as error:
         fail(str(error) or "stopped")
+# === end shared ===
 
 
 if __name__ == "__main__":

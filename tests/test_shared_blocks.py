@@ -12,7 +12,7 @@ texts = {name: (ROOT / f"{name}.py").read_text() for name in NAMES}
 
 
 def test_what_is_below_the_banner_is_the_same_in_every_script():
-    """All of it; and the marked blocks above it, which only some scripts share."""
+    """All of it, in marked blocks; and those above it, which only some scripts share."""
     below, first = {text.split(BANNER)[1] for text in texts.values()}, {}
     assert len(below) == 1
     assert not re.search(r"relu_sparsity|early_exit|gumbel_gates|moe\b|token_boost", below.pop())
@@ -21,6 +21,8 @@ def test_what_is_below_the_banner_is_the_same_in_every_script():
         assert text.count("# === shared: ") == text.count("# === end shared ===") == len(blocks)
         for block, code in blocks:
             assert code == first.setdefault(block, code), f"'{block}' of {name}.py differs"
+        rest = BLOCK.sub("", text.split(BANNER)[1]).split()
+        assert rest == ["if", "__name__", "==", '"__main__":', "run_script()"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -28,8 +30,8 @@ def test_the_mechanism_comes_first(name):
     """Docstring without numbers, options, mechanism, Model and main; then what is shared."""
     text = texts[name]
     order = [text.index(part) for part in ("def options(", "# === the mechanism ===", "class Model(",
-                                           "def main(", BANNER, "# === static network ===")]
-    assert order == sorted(order) and text.count("\n") < 735 and text[:order[-2]].count("\n") < 305
+                                           "def main(", BANNER, "# === shared: static network ===")]
+    assert order == sorted(order) and text.count("\n") < 745 and text[:order[-2]].count("\n") < 305
     doc = ast.get_docstring(ast.parse(text))
     assert doc.count("\n") < 25 and not re.search(r"\d %|\d nats", doc)
 
