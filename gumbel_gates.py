@@ -267,7 +267,8 @@ def main(cfg):
     image = axis.imshow([by_gate[kind == each].mean(0) for each in kinds], aspect="auto", vmin=0,
                         vmax=1)
     axis.set_yticks(range(len(kinds)), [repr(chr(k)) if cfg.text else str(k) for k in kinds])
-    axis.set(title="how often a gate is open", xlabel="gate", ylabel="class, or character read")
+    axis.set(title="how often a gate is open", xlabel="gate", ylabel="class, or character read",
+             xticks=range(by_gate.shape[1]))
     free.colorbar(image)
     figure.savefig(picture, dpi=120)
     rate, policies = by_gate.mean(0), len(np.unique(by_gate, axis=0))

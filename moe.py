@@ -249,7 +249,8 @@ def main(cfg):
     loads, kinds = free.subplots(1, 2)
     for axis, image in ((loads, load_of), (kinds, use.reshape(len(use), -1))):
         free.colorbar(axis.imshow(image, aspect="auto", vmin=0), ax=axis)
-    loads.set(title="share of a layer's work", xlabel="expert", ylabel="layer")
+    loads.set(title="share of a layer's work", xlabel="expert", ylabel="layer",
+              yticks=range(cfg.depth))
     kinds.set(title="how often it runs, by class or character", xlabel="expert of each layer")
     figure.savefig(picture, dpi=120)
     print("perplexity of the load by layer:", *(f"{math.exp(each):.1f}" for each in entropy))

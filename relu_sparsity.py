@@ -167,7 +167,8 @@ def main(cfg):
     figure, free = draw(cfg, data, model, result, sweep, random)
     layers, neurons, hard = free.subplots(1, 3)
     layers.violinplot(list(by_example.T), showmedians=True)
-    layers.set(title="density of a layer, over examples", xlabel="layer")
+    layers.set(title="density of a layer, over examples", xlabel="layer",
+               xticks=range(1, cfg.depth + 1))
     neurons.plot(np.linspace(0, 1, by_neuron.shape[1]), np.sort(by_neuron).T)
     neurons.set(title="firing rate of each neuron", xlabel="share of a layer's neurons, sorted")
     neurons.legend([f"layer {i + 1}" for i in range(cfg.depth)], fontsize=6)

@@ -21,7 +21,8 @@ token and says how many of its learners run, from none to all, in each layer. Fo
     python token_boost.py --dataset shakespeare              # characters
 
 Paper: Wójcik et al. 2023, Adaptive Computation Modules. Deviations: learners are slices of the MLP
-itself; afterwards learner n runs where the log-odds of P(count >= n) exceed a threshold."""
+itself; afterwards learner n runs where the log-odds of P(count >= n) exceed a threshold.
+"""
 import argparse
 import bisect
 import copy
@@ -279,7 +280,8 @@ def main(cfg):
     learners, error = free.subplots(1, 2)
     share = [(counts == k).float().mean((1, 2)).tolist() for k in range(cfg.learners + 1)]
     image = learners.imshow(share, aspect="auto", vmin=0, origin="lower")
-    learners.set(title="share of tokens", xlabel="layer", ylabel="learners that run")
+    learners.set(title="share of tokens", xlabel="layer", ylabel="learners that run",
+                 xticks=range(cfg.depth))
     free.colorbar(image, ax=learners)
     error.plot(errors.T.cpu().numpy())
     error.set(title="error of y_k against the whole MLP, by layer", xlabel="k")
