@@ -29,6 +29,7 @@ import io
 import itertools
 import json
 import math
+import os
 import sys
 import tarfile
 import time
@@ -114,7 +115,7 @@ class Gate(nn.Module):
 class Model(nn.Module):
     """The static network with a gate before every block, open where its score is above the
     threshold."""
-    cheapest, full = 100.0, -100.0      # far outside the scores: nothing runs; everything does
+    cheapest, full = 1e9, -1e9          # far outside the scores: nothing runs; everything does
 
     def __init__(self, cfg):
         super().__init__()
@@ -237,7 +238,7 @@ def gradient_noise(model, x, y, repeats=30):
 
 
 def main(cfg):
-    print(f"{cfg.dataset}, size {cfg.size}: {cfg.depth} blocks, width {cfg.width}, on {cfg.device}")
+    say(f"{cfg.dataset}, size {cfg.size}: {cfg.depth} blocks, width {cfg.width}, on {cfg.device}")
     log, picture = output_paths(cfg)
     torch.manual_seed(cfg.seed)
     data, model = load_data(cfg), Model(cfg).to(cfg.device)
@@ -272,11 +273,11 @@ def main(cfg):
     free.colorbar(image)
     figure.savefig(picture, dpi=120)
     rate, policies = by_gate.mean(0), len(np.unique(by_gate, axis=0))
-    print(f"gates: {(rate > 0.99).mean():.2f} always open, {(rate < 0.01).mean():.2f} never; "
+    say(f"gates: {(rate > 0.99).mean():.2f} always open, {(rate < 0.01).mean():.2f} never; "
           f"{policies} policies")
-    print(f"the most informative gate: {bits.max():.3f} bits; labels shuffled: {chance.max():.3f}")
-    print("noise of the gates' gradient:", ", ".join(f"{k} {v:.2f}" for k, v in noise.items()))
-    print(f"wrote {log} and {picture}")
+    say(f"the most informative gate: {bits.max():.3f} bits; labels shuffled: {chance.max():.3f}")
+    say("noise of the gates' gradient:", ", ".join(f"{k} {v:.2f}" for k, v in noise.items()))
+    say(f"wrote {log} and {picture}")
 
 
 # Below: identical in all five scripts; read it once.
@@ -414,10 +415,15 @@ def load_data(cfg):
     elif cfg.dataset == "shakespeare":
         raw = download(cfg.data, *SHAKESPEARE)
     else:                                                   # Python's manual comes along with it
-        from pydoc_data.topics import topics
+        try:
+            from pydoc_data.topics import topics
+        except ImportError:
+            fail("this Python comes without its manual, pydoc_data; take another --dataset")
         raw = "".join(topics[key] for key in sorted(topics)).encode("ascii", "replace")
     if cfg.text:
         text = torch.tensor(np.frombuffer(raw, np.uint8), device=cfg.device)
+        if len(text) < 25 * cfg.tokens:                     # the smallest split has a twentieth
+            fail(f"{cfg.dataset}: {len(text)} characters are too few, {25 * cfg.tokens} needed")
         parts = text.tensor_split([int(0.95 * 0.9 * len(text)), int(0.9 * len(text))])
         windows = [part.unfold(0, cfg.tokens + 1, step)     # windows of train begin anywhere
                    for part, step in zip(parts, (1, cfg.tokens, cfg.tokens))]
@@ -495,8 +501,7 @@ def complete(parser, argv):
     cfg = parser.parse_args(argv)
     if cfg.load:
         options, _ = load(cfg.load)
-        parser.set_defaults(**options)
-        cfg = parser.parse_args(argv)
+        cfg = parser.parse_args(argv, argparse.Namespace(**options))
         for key in ("size", "width", "depth", "batch", "epochs", "steps", "lr", "seed"):
             if getattr(cfg, key) != options.get(key):
                 parser.error(f"--load takes a run as it is: leave out --{key}")
@@ -597,7 +602,8 @@ def calibrate(model, split, budget=1.0):
         few = [part[:2000] for part in split]       # enough to estimate a mean
         return summary(model, evaluate(model.masked, few, threshold))["budget"]
 
-    grid = np.linspace(model.cheapest, model.full, 2 ** 14 + 1).tolist()    # spends more and more
+    ends = np.arcsinh([model.cheapest, model.full])     # about even steps, growing if ends are far
+    grid = np.sinh(np.linspace(*ends, 2 ** 14 + 1)).tolist()                # spends more and more
     least, most, found = spent(grid[0]), spent(grid[-1]), []
     if budget < least:
         tqdm.write(f"a budget of {budget} is out of reach; {least:.3f} is the least")
@@ -631,6 +637,14 @@ def fail(message):
     """End the program with one line and exit status 2."""
     tqdm.write(f"{SCRIPT}.py: {message}", sys.stderr)       # on a line of its own
     raise SystemExit(2)
+
+
+def say(*words):
+    """Print a line, if anybody reads on: `| head -1` must not cost a result."""
+    try:
+        print(*words, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def output_paths(cfg):
@@ -685,7 +699,7 @@ def save(log, cfg, data, model, seconds, result, sweep, **extra):
                log.with_suffix(".pt"))
     part.replace(log)
     for key in ("full", "at_budget", "wall_clock"):
-        print(f"{key}:", ", ".join(f"{name} {value:.4g}" for name, value in meta[key].items()))
+        say(f"{key}:", ", ".join(f"{name} {value:.4g}" for name, value in meta[key].items()))
 
 
 def draw(cfg, data, model, result, sweep, random):
@@ -719,6 +733,7 @@ def draw(cfg, data, model, result, sweep, random):
 def run_script():
     """main(options()), where a problem with a file, or Ctrl-C, ends in one line."""
     torch.backends.cudnn.allow_tf32 = False     # evaluation is float32, on a GPU as well
+    sys.stdout.reconfigure(errors="replace")    # printing a path of any name never fails
     try:
         main(options())
     except (OSError, KeyboardInterrupt) as error:

@@ -31,6 +31,7 @@ import io
 import itertools
 import json
 import math
+import os
 import sys
 import tarfile
 import time
@@ -224,7 +225,7 @@ def expert_use(model, split, threshold, kind):
 
 
 def main(cfg):
-    print(f"{cfg.dataset}, size {cfg.size}: {cfg.depth} blocks, width {cfg.width}, on {cfg.device}")
+    say(f"{cfg.dataset}, size {cfg.size}: {cfg.depth} blocks, width {cfg.width}, on {cfg.device}")
     log, picture = output_paths(cfg)
     torch.manual_seed(cfg.seed)
     data, model = load_data(cfg), Model(cfg).to(cfg.device)
@@ -253,9 +254,9 @@ def main(cfg):
               yticks=range(cfg.depth))
     kinds.set(title="how often it runs, by class or character", xlabel="expert of each layer")
     figure.savefig(picture, dpi=120)
-    print("perplexity of the load by layer:", *(f"{math.exp(each):.1f}" for each in entropy))
-    print(f"dead experts: {(load_of == 0).sum()} of {load_of.size}")
-    print(f"wrote {log} and {picture}")
+    say("perplexity of the load by layer:", *(f"{math.exp(each):.1f}" for each in entropy))
+    say(f"dead experts: {(load_of == 0).sum()} of {load_of.size}")
+    say(f"wrote {log} and {picture}")
 
 
 # Below: identical in all five scripts; read it once.
@@ -393,10 +394,15 @@ def load_data(cfg):
     elif cfg.dataset == "shakespeare":
         raw = download(cfg.data, *SHAKESPEARE)
     else:                                                   # Python's manual comes along with it
-        from pydoc_data.topics import topics
+        try:
+            from pydoc_data.topics import topics
+        except ImportError:
+            fail("this Python comes without its manual, pydoc_data; take another --dataset")
         raw = "".join(topics[key] for key in sorted(topics)).encode("ascii", "replace")
     if cfg.text:
         text = torch.tensor(np.frombuffer(raw, np.uint8), device=cfg.device)
+        if len(text) < 25 * cfg.tokens:                     # the smallest split has a twentieth
+            fail(f"{cfg.dataset}: {len(text)} characters are too few, {25 * cfg.tokens} needed")
         parts = text.tensor_split([int(0.95 * 0.9 * len(text)), int(0.9 * len(text))])
         windows = [part.unfold(0, cfg.tokens + 1, step)     # windows of train begin anywhere
                    for part, step in zip(parts, (1, cfg.tokens, cfg.tokens))]
@@ -474,8 +480,7 @@ def complete(parser, argv):
     cfg = parser.parse_args(argv)
     if cfg.load:
         options, _ = load(cfg.load)
-        parser.set_defaults(**options)
-        cfg = parser.parse_args(argv)
+        cfg = parser.parse_args(argv, argparse.Namespace(**options))
         for key in ("size", "width", "depth", "batch", "epochs", "steps", "lr", "seed"):
             if getattr(cfg, key) != options.get(key):
                 parser.error(f"--load takes a run as it is: leave out --{key}")
@@ -576,7 +581,8 @@ def calibrate(model, split, budget=1.0):
         few = [part[:2000] for part in split]       # enough to estimate a mean
         return summary(model, evaluate(model.masked, few, threshold))["budget"]
 
-    grid = np.linspace(model.cheapest, model.full, 2 ** 14 + 1).tolist()    # spends more and more
+    ends = np.arcsinh([model.cheapest, model.full])     # about even steps, growing if ends are far
+    grid = np.sinh(np.linspace(*ends, 2 ** 14 + 1)).tolist()                # spends more and more
     least, most, found = spent(grid[0]), spent(grid[-1]), []
     if budget < least:
         tqdm.write(f"a budget of {budget} is out of reach; {least:.3f} is the least")
@@ -610,6 +616,14 @@ def fail(message):
     """End the program with one line and exit status 2."""
     tqdm.write(f"{SCRIPT}.py: {message}", sys.stderr)       # on a line of its own
     raise SystemExit(2)
+
+
+def say(*words):
+    """Print a line, if anybody reads on: `| head -1` must not cost a result."""
+    try:
+        print(*words, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def output_paths(cfg):
@@ -664,7 +678,7 @@ def save(log, cfg, data, model, seconds, result, sweep, **extra):
                log.with_suffix(".pt"))
     part.replace(log)
     for key in ("full", "at_budget", "wall_clock"):
-        print(f"{key}:", ", ".join(f"{name} {value:.4g}" for name, value in meta[key].items()))
+        say(f"{key}:", ", ".join(f"{name} {value:.4g}" for name, value in meta[key].items()))
 
 
 def draw(cfg, data, model, result, sweep, random):
@@ -698,6 +712,7 @@ def draw(cfg, data, model, result, sweep, random):
 def run_script():
     """main(options()), where a problem with a file, or Ctrl-C, ends in one line."""
     torch.backends.cudnn.allow_tf32 = False     # evaluation is float32, on a GPU as well
+    sys.stdout.reconfigure(errors="replace")    # printing a path of any name never fails
     try:
         main(options())
     except (OSError, KeyboardInterrupt) as error:

@@ -31,6 +31,7 @@ import io
 import itertools
 import json
 import math
+import os
 import sys
 import tarfile
 import time
@@ -62,17 +63,6 @@ def options(argv=None):
 # characters.
 
 # === the mechanism ===
-# === shared: gumbel softmax ===
-def gumbel_softmax(scores, temperature):
-    """One of k choices, drawn with the probabilities softmax(scores): (..., k) -> one-hot (..., k),
-    with the gradient of the relaxed sample softmax((scores + noise) / temperature)."""
-    noise = -torch.empty_like(scores).exponential_().log()      # Gumbel = -log(Exponential)
-    soft = ((scores + noise) / temperature).softmax(-1)
-    hard = F.one_hot(soft.argmax(-1), scores.shape[-1]).to(soft.dtype)
-    return hard + (soft - soft.detach())                        # straight through: 0 is added
-# === end shared ===
-
-
 def at_least(p):
     """p (..., N + 1), of the counts 0 to N -> P(count >= n) (..., N), n = 1 to N: never rising, so
     a token that runs a learner runs all before it."""
@@ -80,10 +70,10 @@ def at_least(p):
 
 
 def log_odds(z):
-    """Gate logits z (..., N + 1) -> log(P(count >= n) / P(count < n)) (..., N), n = 1 to N. In
-    float64: in float32 P soon is 1 in all of its digits."""
-    e = (z.double() - z.amax(-1, keepdim=True)).exp()
-    return (at_least(e) / e.cumsum(-1)[..., :-1]).log()
+    """Gate logits z (..., N + 1) -> log(P(count >= n) / P(count < n)) (..., N), n = 1 to N. Without
+    the logarithms P would soon be 1 in all of its digits."""
+    z = z.float()
+    return z.flip(-1).logcumsumexp(-1).flip(-1)[..., 1:] - z.logcumsumexp(-1)[..., :-1]
 
 
 def enough(errors, factor=1.2):
@@ -158,7 +148,7 @@ class BoostedMLP(nn.Module):
 class Model(nn.Module):
     """The static network with a gate in every block. Learner n runs where the log-odds of
     P(count >= n) are above the threshold; 0 is the rule P > 1/2."""
-    cheapest, full = 100.0, -100.0      # far outside the log-odds: no learner runs; all do
+    cheapest, full = 1e9, -1e9          # far outside the log-odds: no learner runs; all do
 
     def __init__(self, cfg):
         super().__init__()
@@ -182,7 +172,7 @@ class Model(nn.Module):
             elif threshold is not None:
                 runs = (log_odds(gate(h)) > threshold).to(h.dtype)
             else:
-                runs = at_least(gumbel_softmax(gate(h).float(), temperature=0.8))
+                runs = at_least(F.gumbel_softmax(gate(h).float(), tau=0.8, hard=True))
                 runs = torch.cat([torch.ones_like(runs[:len(x) // 8]), runs[len(x) // 8:]])
             layers.append(runs)
             x = x + block.drop(block.mlp(h, runs))
@@ -256,7 +246,7 @@ class Model(nn.Module):
 
 
 def main(cfg):
-    print(f"{cfg.dataset}, size {cfg.size}: {cfg.depth} blocks, width {cfg.width}, on {cfg.device}")
+    say(f"{cfg.dataset}, size {cfg.size}: {cfg.depth} blocks, width {cfg.width}, on {cfg.device}")
     log, picture = output_paths(cfg)
     torch.manual_seed(cfg.seed)
     data, model = load_data(cfg), Model(cfg).to(cfg.device)
@@ -286,9 +276,9 @@ def main(cfg):
     error.plot(errors.T.cpu().numpy())
     error.set(title="error of y_k against the whole MLP, by layer", xlabel="k")
     figure.savefig(picture, dpi=120)
-    print("mean learners by layer:", *(f"{k:.2f}" for k in counts.float().mean((1, 2))))
-    print("error of y_k, mean over layers:", *(f"{each:.3f}" for each in errors.mean(0)))
-    print(f"wrote {log} and {picture}")
+    say("mean learners by layer:", *(f"{k:.2f}" for k in counts.float().mean((1, 2))))
+    say("error of y_k, mean over layers:", *(f"{each:.3f}" for each in errors.mean(0)))
+    say(f"wrote {log} and {picture}")
 
 
 # Below: identical in all five scripts; read it once.
@@ -426,10 +416,15 @@ def load_data(cfg):
     elif cfg.dataset == "shakespeare":
         raw = download(cfg.data, *SHAKESPEARE)
     else:                                                   # Python's manual comes along with it
-        from pydoc_data.topics import topics
+        try:
+            from pydoc_data.topics import topics
+        except ImportError:
+            fail("this Python comes without its manual, pydoc_data; take another --dataset")
         raw = "".join(topics[key] for key in sorted(topics)).encode("ascii", "replace")
     if cfg.text:
         text = torch.tensor(np.frombuffer(raw, np.uint8), device=cfg.device)
+        if len(text) < 25 * cfg.tokens:                     # the smallest split has a twentieth
+            fail(f"{cfg.dataset}: {len(text)} characters are too few, {25 * cfg.tokens} needed")
         parts = text.tensor_split([int(0.95 * 0.9 * len(text)), int(0.9 * len(text))])
         windows = [part.unfold(0, cfg.tokens + 1, step)     # windows of train begin anywhere
                    for part, step in zip(parts, (1, cfg.tokens, cfg.tokens))]
@@ -507,8 +502,7 @@ def complete(parser, argv):
     cfg = parser.parse_args(argv)
     if cfg.load:
         options, _ = load(cfg.load)
-        parser.set_defaults(**options)
-        cfg = parser.parse_args(argv)
+        cfg = parser.parse_args(argv, argparse.Namespace(**options))
         for key in ("size", "width", "depth", "batch", "epochs", "steps", "lr", "seed"):
             if getattr(cfg, key) != options.get(key):
                 parser.error(f"--load takes a run as it is: leave out --{key}")
@@ -609,7 +603,8 @@ def calibrate(model, split, budget=1.0):
         few = [part[:2000] for part in split]       # enough to estimate a mean
         return summary(model, evaluate(model.masked, few, threshold))["budget"]
 
-    grid = np.linspace(model.cheapest, model.full, 2 ** 14 + 1).tolist()    # spends more and more
+    ends = np.arcsinh([model.cheapest, model.full])     # about even steps, growing if ends are far
+    grid = np.sinh(np.linspace(*ends, 2 ** 14 + 1)).tolist()                # spends more and more
     least, most, found = spent(grid[0]), spent(grid[-1]), []
     if budget < least:
         tqdm.write(f"a budget of {budget} is out of reach; {least:.3f} is the least")
@@ -643,6 +638,14 @@ def fail(message):
     """End the program with one line and exit status 2."""
     tqdm.write(f"{SCRIPT}.py: {message}", sys.stderr)       # on a line of its own
     raise SystemExit(2)
+
+
+def say(*words):
+    """Print a line, if anybody reads on: `| head -1` must not cost a result."""
+    try:
+        print(*words, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def output_paths(cfg):
@@ -697,7 +700,7 @@ def save(log, cfg, data, model, seconds, result, sweep, **extra):
                log.with_suffix(".pt"))
     part.replace(log)
     for key in ("full", "at_budget", "wall_clock"):
-        print(f"{key}:", ", ".join(f"{name} {value:.4g}" for name, value in meta[key].items()))
+        say(f"{key}:", ", ".join(f"{name} {value:.4g}" for name, value in meta[key].items()))
 
 
 def draw(cfg, data, model, result, sweep, random):
@@ -731,6 +734,7 @@ def draw(cfg, data, model, result, sweep, random):
 def run_script():
     """main(options()), where a problem with a file, or Ctrl-C, ends in one line."""
     torch.backends.cudnn.allow_tf32 = False     # evaluation is float32, on a GPU as well
+    sys.stdout.reconfigure(errors="replace")    # printing a path of any name never fails
     try:
         main(options())
     except (OSError, KeyboardInterrupt) as error:

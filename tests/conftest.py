@@ -4,6 +4,7 @@ import importlib
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -98,7 +99,7 @@ def thresholds(model, x, shares=(0.0, 0.4, 0.8, 1.0)):
     for share in shares:
         cheap, full = model.cheapest, model.full
         for _ in range(14 if 0 < share < 1 else 0):
-            middle = (cheap + full) / 2
+            middle = np.sinh((np.arcsinh(cheap) + np.arcsinh(full)) / 2)    # the ends may be far
             wanted = ends[0] + share * (ends[1] - ends[0])
             cheap, full = (middle, full) if spend(middle) < wanted else (cheap, middle)
         found.append(cheap if share < 1 else full)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import NAMES, scripts
+from conftest import NAMES, build, inputs, scripts
 
 script = scripts[NAMES[0]]       # the evaluation block is the same in all
 N = 2000
@@ -46,6 +46,23 @@ def test_where_nothing_lies_between_the_nearer_end_is_taken():
     for budget, spent in ((0.6, 40), (0.8, 100)):
         threshold, _ = script.calibrate(Leaves(np.full(N, 0.5)), SPLIT, budget)
         assert (100 if threshold > 0.5 else 40) == spent
+
+
+@pytest.mark.parametrize("name", ("gumbel_gates", "token_boost"))
+def test_scores_of_any_size_are_found(name):
+    """Gates that training drove to scores of thousands: both ends and the budgets between are met."""
+    model = build(scripts[name], "shapes", "tiny", *(["--grain", "token"] if name == "gumbel_gates" else []))
+    for gate in model.gates:
+        for parameter in gate.parameters():
+            parameter.data *= 100.0
+    split = inputs("shapes", count=400), torch.zeros(400).byte()
+    scores = model.gates[0](torch.randn(9, 32))
+    assert scores.abs().max() > 1000
+    found = script.calibrate(model, split, 0.5)[1]
+    assert list(found)[0] <= 0.5 and list(found)[-1] > 1 and found[list(found)[-1]] == model.full
+    for budget, threshold in found.items():
+        spent = script.summary(model, script.evaluate(model.masked, split, threshold))["budget"]
+        assert spent == pytest.approx(budget, abs=0.02)
 
 
 def test_an_evaluation_by_hand():

@@ -1,10 +1,12 @@
 """The real command at --size tiny: its log, its picture, its errors, and what a kill leaves behind."""
 import hashlib
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -204,6 +206,39 @@ def test_bad_input_is_one_line(name, options, message, run, tmp_path, monkeypatc
     said = [line for line in lines if not line.startswith("usage: ") and "?it/s" not in line]
     assert len(said) == 1 and said[0].startswith(f"{name}.py: ") and message in said[0]
     assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_reader_that_leaves_costs_nothing(tmp_path):
+    """Standard output is closed before a line is printed, as by `| head -0`: the files are there, and
+    the status is 0. It can encode no letter of the folder: that is no reason to fail, either."""
+    for unbuffered in ("", "1"):
+        folder = tmp_path / f"日本{unbuffered}"
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "early_exit.py"), "--dataset", "pydoc", *OPTIONS, "--steps", "2",
+             "--risk", "0.3", "--out", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUNBUFFERED": unbuffered})
+        if unbuffered:
+            process.stdout.close()
+            errors = process.stderr.read()
+        else:
+            printed, errors = process.communicate()
+            assert "wrote" in printed and "??" in printed
+        assert process.wait() == 0 and "Error" not in errors
+        assert len([p for p in folder.rglob("*") if p.is_file()]) == 3
+
+
+@pytest.mark.parametrize("topics, message", (
+    (None, "without its manual"), ({"a": "b"}, "pydoc: 1 characters are too few, 1600 needed")))
+def test_a_text_that_is_missing_or_too_short(topics, message, run, tmp_path, monkeypatch):
+    """Some builds of Python leave their manual out."""
+    module = None if topics is None else types.SimpleNamespace(topics=topics)
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", module)
+    status, printed, errors = run(NAMES[0], "--dataset", "pydoc", "--size", "tiny", cwd=tmp_path)
+    assert status == 2 and message in errors and "Traceback" not in errors
+    topics = {"a": 1600 * "b"}                          # as many as are needed are enough
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", types.SimpleNamespace(topics=topics))
+    data = load_all(configure(scripts[NAMES[0]], "pydoc"))
+    assert [len(data[split][0]) for split in ("train", "calibration", "test")] == [1304, 1, 2]
 
 
 def test_stopping_with_ctrl_c(tmp_path):
