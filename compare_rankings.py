@@ -113,6 +113,10 @@ def at_budget(sweep_macs, wanted):
     return (1 - share) * sweep_macs[i - 1] + share * sweep_macs[i]
 
 
+def is_positive(value):
+    return isinstance(value, (int, float)) and 0 < value < np.inf
+
+
 def load(path):
     """Read and check one log. Raises UserError."""
     def refuse(why):
@@ -136,9 +140,15 @@ def load(path):
         refuse(f"misses {', '.join(missing)}")
     words = [meta[key] for key in ("name", "dataset", "size")]
     if not (all(isinstance(w, str) and Path(w).name == w for w in words)
-            and isinstance(meta["seed"], int) and isinstance(meta["static_macs"], (int, float))
-            and 0 < meta["static_macs"] < np.inf and isinstance(meta.get("options", {}), dict)):
+            and isinstance(meta["seed"], int) and is_positive(meta["static_macs"])
+            and isinstance(meta.get("options", {}), dict)):
         refuse("its meta data are of the wrong kind")
+    clock, keys = meta.get("wall_clock"), [f"{run}_ms_batch_{batch}" for run in
+                                           ("static", "skipping") for batch in (1, 256)]
+    if not isinstance(clock, dict) or not all(is_positive(clock.get(key)) for key in keys):
+        meta["wall_clock"] = None                           # what is not there costs its picture
+    if not is_positive(meta.get("seconds")):
+        meta["seconds"] = None
 
     text, N, S = meta["dataset"] in TEXTS, arrays["macs"].shape[:1], arrays["sweep_threshold"].shape
     each = arrays["loss"].shape if text and arrays["loss"].ndim == 2 else N
@@ -1118,7 +1128,7 @@ def compare(logs, smaller, args):
         figure.savefig(folder / name, dpi=120)
     lines += ["", f"Left out: {'; '.join(left_out)}.", ""] if left_out else [""]
     report = folder / "report.md"
-    report.write_text("\n".join(lines + tables + HOW_TO_READ) + "\n")
+    report.write_text("\n".join(lines + tables + HOW_TO_READ) + "\n", encoding="utf-8")
     return [report, *(folder / name for name in pictures)], screen
 
 
@@ -1276,6 +1286,7 @@ def command_line():
     add("--device", choices=("cpu", "cuda"), help="with --train")
     add("--jobs", type=int, default=0, help="with --train: runs at once (the times that they log "
         "are rough then); 0: one on a GPU, else one for each core, up to four")
+    sys.stdout.reconfigure(errors="replace")        # printing a path of any name never fails
     try:
         sys.exit(main(parser.parse_args()))
     except (UserError, OSError) as e:

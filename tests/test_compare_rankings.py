@@ -352,6 +352,19 @@ def test_a_log_of_ones_own(run, tmp_path, monkeypatch):
     assert status == 0 and "early_exit and my_method" in printed, errors
 
 
+@pytest.mark.parametrize("clock", ({"static_ms_batch_1": 1.0}, "fast", dict.fromkeys(
+    [f"{run}_ms_batch_{batch}" for run in ("static", "skipping") for batch in (1, 256)], 0.0)), ids=str)
+def test_half_a_clock_is_none(clock, run, tmp_path, monkeypatch):
+    """It costs the picture of time, and nothing else."""
+    few_samples(monkeypatch)
+    simulate(tmp_path, FIVE[:2], range(2), change=lambda arrays, meta, count: meta.update(
+        wall_clock=clock, seconds="a minute"))
+    status, printed, errors = run(tmp_path)
+    assert status == 0 and "Traceback" not in errors, errors
+    report = (tmp_path / "figures/cifar10-tiny/report.md").read_text()
+    assert "no log has wall_clock" in report and "time.png" not in report
+
+
 def test_what_cannot_be_told_is_left_out_by_name(run, tmp_path, monkeypatch):
     """Two methods with seed 0 only and one with two: the answer says how many pairs it is about, every
     budget is told by the same kind of rho, and no NaN is printed."""
