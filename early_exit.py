@@ -23,6 +23,7 @@ Differentiable Branching; Schuster et al. 2022, CALM; Angelopoulos et al. 2021, 
 """
 import argparse
 import bisect
+import functools
 import hashlib
 import io
 import itertools
@@ -49,6 +50,8 @@ def options(argv=None):
     parser = shared_options(__doc__)
     add = parser.add_argument
     add("--budget", type=float, default=0.5, help="mean MACs, as a share of the static network's")
+    add("--regime", choices=["joint", "frozen", "mixed"], default="mixed",
+        help="whether early heads train the blocks: always, never, or from 0.6 of the steps on")
     add("--loss", choices=["sum", "branching"], default="sum", help="how the heads are trained")
     add("--criterion", choices=["confidence", "margin", "entropy"], default="confidence",
         help="how sure a head is: by its best class, by the lead over the second, or by 1 - "
@@ -76,20 +79,24 @@ def certainty(logits, criterion):
 
 
 class ExitHead(nn.Module):
-    """A classifier that says how sure it is. Images (n, T, C), whose tokens are averaged, or single
-    characters (..., C) -> logits (n or ..., K), certainty (n or ...)."""
+    """A classifier that says how sure it is. Images (n, 64, C), whose 8 x 8 tokens are averaged to
+    4 x 4, so that the head sees where things are, or single characters (..., C) -> logits
+    (n or ..., K), certainty (n or ...)."""
 
-    def __init__(self, width, classes, average, criterion):
+    def __init__(self, width, classes, image, criterion):
         super().__init__()
-        self.average, self.criterion = average, criterion
+        self.image, self.criterion = image, criterion
+        features = 16 * width if image else width
         self.norm = nn.LayerNorm(width)
-        self.out = nn.Linear(width, classes)
-        self.gate = nn.Linear(width, 1) if criterion == "gate" else None
-        self.macs = width * (classes + (criterion == "gate"))
+        self.out = nn.Linear(features, classes)
+        self.gate = nn.Linear(features, 1) if criterion == "gate" else None
+        self.macs = features * (classes + (criterion == "gate"))
 
     def forward(self, x):
         x = self.norm(x)
-        x = x.mean(-2) if self.average else x
+        if self.image:
+            grid = x.transpose(1, 2).unflatten(2, (8, 8))                       # (n, C, 8, 8)
+            x = F.avg_pool2d(grid, 2).flatten(1)                                # (n, 16 C)
         logits = self.out(x)
         if self.gate:
             return logits, self.gate(x).float().sigmoid().squeeze(-1)
@@ -111,23 +118,31 @@ class Model(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.net, self.text, self.budget = StaticNet(cfg), cfg.text, cfg.budget
-        criteria = (cfg.depth - 1) * ["gate" if cfg.loss == "branching" else cfg.criterion]
-        self.exits = nn.ModuleList(ExitHead(cfg.width, cfg.classes, not cfg.text, criterion)
-                                   for criterion in [*criteria, "confidence"])
-        self.exits[-1].norm, self.exits[-1].out = self.net.norm, self.net.out
+        self.regime, criterion = cfg.regime, "gate" if cfg.loss == "branching" else cfg.criterion
+        self.heads = nn.ModuleList(ExitHead(cfg.width, cfg.classes, not cfg.text, criterion)
+                                   for _ in range(cfg.depth - 1))
         runs = torch.ones(cfg.depth, cfg.depth).triu()      # column l: the blocks before exit l
         runs = runs[..., None].expand(-1, -1, cfg.tokens) if cfg.text else runs
         self.exit_macs = self.count_macs(runs)[0]                               # (L,)
 
-    def all_exits(self, x, threshold=None, decisions=None):
+    def exit(self, layer, x):
+        """The head after a block -> logits, certainty; the last one takes all that come."""
+        if layer < len(self.heads):
+            return self.heads[layer](x)
+        logits = self.net.head(x)
+        return logits, torch.full_like(logits[..., 0], math.inf)
+
+    def all_exits(self, x, threshold=None, decisions=None, apart=False):
         """Everything is computed; what has left keeps its state -> logits (L, ..., K), certainty
-        (L, ...), and decisions (L, ...), 1 where a block still runs. At first all run."""
+        (L, ...), and decisions (L, ...), 1 where a block still runs. At first all run. apart: early
+        heads learn, and do not teach the blocks."""
         x, exits = self.net.embed(x), []
         active = x.new_ones(x.shape[:2] if self.text else x.shape[:1])
         for layer, block in enumerate(self.net.blocks):
             active = active if decisions is None else decisions[layer]
             x = torch.where(active.view(*active.shape, *[1] * (3 - active.ndim)) > 0, block(x), x)
-            logits, sure = self.exits[layer](x)
+            early = apart and layer < len(self.heads)
+            logits, sure = self.exit(layer, x.detach() if early else x)
             exits.append((logits, sure, active))
             if threshold is not None:
                 active = active * (sure < threshold)
@@ -141,12 +156,12 @@ class Model(nn.Module):
 
     def loss(self, x, y, progress):
         """What training minimises, and numbers for the progress bar."""
-        logits, sure, _ = self.all_exits(x)
+        apart = self.regime == "frozen" or self.regime == "mixed" and progress < 0.6
+        logits, sure, _ = self.all_exits(x, apart=apart)
         losses = torch.stack([F.cross_entropy(each.movedim(-1, 1), y) for each in logits])
         shown = dict(loss=losses[-1], accuracy=(logits[-1].argmax(-1) == y).float().mean())
-        if not self.exits[0].gate:
-            depth = torch.arange(1, len(losses) + 1, device=y.device)
-            return (depth * losses).sum() / depth.sum(), shown
+        if not self.heads[0].gate:
+            return losses[-1] + 0.2 * losses[:-1].sum(), shown
         weights = exit_weights(sure[:-1])                                       # (L, ...)
         log_p = weights.clamp_min(1e-9).log()[..., None] + logits.float().log_softmax(-1)
         loss = F.nll_loss(log_p.logsumexp(0).movedim(-1, 1), y)
@@ -168,23 +183,26 @@ class Model(nn.Module):
         x, decisions = self.net.embed(x), []
         active = torch.ones(x.shape[:2] if self.text else x.shape[:1], dtype=bool, device=x.device)
         logits = x.new_zeros(*active.shape, self.net.out.out_features)
-        for block, head in zip(self.net.blocks, self.exits):
-            if not self.text and not active.any():
+        for layer, block in enumerate(self.net.blocks):
+            if not self.text and not len(x):
                 break
             decisions.append(active)
             if self.text:
-                x[active] += block.mlp(block.mix(x)[active])                    # (n, C)
+                here = x[active] + block.mlp(block.mix(x)[active])              # (n, C)
+                x[active] = here
             else:
-                x[active] = block(x[active])                                    # (n, T, C)
-            logits[active], sure = head(x[active])      # later exits overwrite those who stay
-            active = active.masked_scatter(active, sure < threshold)
+                here = x = block(x)                                             # (n, T, C)
+            logits[active], sure = self.exit(layer, here)       # later exits overwrite who stays
+            stays = sure < threshold
+            active = active.masked_scatter(active, stays)
+            x = x if self.text else x[stays]
         return logits, *self.count_macs(decisions)
 
     def count_macs(self, decisions):
         """Layers of (...), whether a block ran -> macs (B,), token_macs (B, T). Every head on the
         way has run, whether it was sure or not."""
-        net, L, depth = self.net, len(self.exits), sum(decisions).long()
-        heads = depth.clamp_max(L - 1) * self.exits[0].macs + (depth == L) * net.head_macs
+        net, L, depth = self.net, len(self.net.blocks), sum(decisions).long()
+        heads = depth.clamp_max(L - 1) * self.heads[0].macs + (depth == L) * net.head_macs
         if self.text:
             skipped = (L - depth) * 8 * net.out.in_features ** 2                # MLPs
             token_macs = L * net.block_macs - skipped + heads
@@ -522,14 +540,13 @@ def train(model, data, cfg):
             loss, shown = model.loss(x, y, step / steps)
         model.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         rate = min(10 * (step + 1) / steps, 1, (1 - step / steps) / 0.9)
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = rate * optimizer.defaults["lr"]
             optimizer.step()
         if step % 20 == 0 or step == steps - 1:         # reading a number waits for the GPU
-            if not norm.isfinite():
-                fail(f"the gradient is not finite at step {step}; try a smaller --lr")
+            if not loss.isfinite():
+                fail(f"the loss is not finite at step {step}; try a smaller --lr")
             bar.set_postfix({key: f"{value.item():.3f}" for key, value in shown.items()})
     model.eval()
     return time.perf_counter() - began
@@ -548,10 +565,10 @@ def evaluate(run, split, threshold):
     for x, y in zip(split[0].split(250), split[1].split(250)):
         logits, macs, token_macs = run(network_input(x), threshold)
         loss = F.cross_entropy(logits.movedim(-1, 1), y.long(), reduction="none")
-        batches.append((y, logits.argmax(-1).byte(), loss, macs, token_macs.int()))
-    arrays = [torch.cat(parts).cpu().numpy() for parts in zip(*batches)]
-    keys = ("label", "prediction", "loss", "macs", "token_macs")
-    return dict(zip(keys, arrays), threshold=threshold)
+        batches.append(dict(label=y, prediction=logits.argmax(-1).byte(), loss=loss, macs=macs,
+                            token_macs=token_macs.int()))
+    arrays = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+    return {key: array.cpu().numpy() for key, array in arrays.items()} | dict(threshold=threshold)
 
 
 def summary(model, result):
@@ -577,6 +594,7 @@ def evaluate_random(model, split, threshold):
 def calibrate(model, split, budget=1.0):
     """-> the threshold at which a split takes the budget, or as near as can be; and the same for
     BUDGETS, without those out of reach, the full model last: {budget: threshold}."""
+    @functools.cache
     def spent(threshold):
         few = [part[:2000] for part in split]       # enough to estimate a mean
         return summary(model, evaluate(model.masked, few, threshold))["budget"]
@@ -660,7 +678,8 @@ def save(log, cfg, data, model, seconds, result, sweep, **extra):
         options=options, test_sha256=hashlib.sha256(test).hexdigest(), static_macs=model.net.macs,
         at_budget=summary(model, result), full=summary(model, runs[-1]), seconds=seconds,
         threshold=result["threshold"], threads=torch.get_num_threads(), torch=torch.__version__,
-        device=torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU",
+        device=torch.cuda.get_device_name() if cfg.device == "cuda" else
+        f"CPU, {torch.backends.cpu.get_cpu_capability()}",
         date=time.strftime("%Y-%m-%d"), **extra)
     loss = [run["loss"].reshape(N, -1).mean(1) for run in runs]
     correct = [(run["prediction"] == run["label"]).reshape(N, -1).mean(1) for run in runs]
@@ -681,7 +700,7 @@ def save(log, cfg, data, model, seconds, result, sweep, **extra):
         say(f"{key}:", ", ".join(f"{name} {value:.4g}" for name, value in meta[key].items()))
 
 
-def draw(cfg, data, model, result, sweep, random):
+def draw(cfg, data, model, result, sweep, random=()):
     """Quality against MACs, the random control beside it; the cheapest and the dearest examples,
     the MACs of their tokens laid over them -> figure, and a subfigure for the mechanism."""
     figure = Figure(figsize=(14, 8), layout="constrained")
@@ -690,7 +709,8 @@ def draw(cfg, data, model, result, sweep, random):
     axis, quality = left.subplots(), "loss" if cfg.text else "accuracy"
     means = [summary(model, run) for run in sweep.values()]
     for label, points in ((cfg.name, means), ("at random", random)):
-        axis.plot([p["budget"] for p in points], [p[quality] for p in points], "o-", label=label)
+        if points:
+            axis.plot(*zip(*((p["budget"], p[quality]) for p in points)), "o-", label=label)
     axis.set(xlabel="MACs, share of the static network's", ylabel=quality)
     axis.legend()
     tokens, order, count = result["token_macs"], result["macs"].argsort(), 2 if cfg.text else 8

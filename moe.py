@@ -26,6 +26,7 @@ training the threshold follows the budget; the experts of a layer share one bias
 """
 import argparse
 import bisect
+import functools
 import hashlib
 import io
 import itertools
@@ -522,14 +523,13 @@ def train(model, data, cfg):
             loss, shown = model.loss(x, y, step / steps)
         model.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         rate = min(10 * (step + 1) / steps, 1, (1 - step / steps) / 0.9)
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = rate * optimizer.defaults["lr"]
             optimizer.step()
         if step % 20 == 0 or step == steps - 1:         # reading a number waits for the GPU
-            if not norm.isfinite():
-                fail(f"the gradient is not finite at step {step}; try a smaller --lr")
+            if not loss.isfinite():
+                fail(f"the loss is not finite at step {step}; try a smaller --lr")
             bar.set_postfix({key: f"{value.item():.3f}" for key, value in shown.items()})
     model.eval()
     return time.perf_counter() - began
@@ -548,10 +548,10 @@ def evaluate(run, split, threshold):
     for x, y in zip(split[0].split(250), split[1].split(250)):
         logits, macs, token_macs = run(network_input(x), threshold)
         loss = F.cross_entropy(logits.movedim(-1, 1), y.long(), reduction="none")
-        batches.append((y, logits.argmax(-1).byte(), loss, macs, token_macs.int()))
-    arrays = [torch.cat(parts).cpu().numpy() for parts in zip(*batches)]
-    keys = ("label", "prediction", "loss", "macs", "token_macs")
-    return dict(zip(keys, arrays), threshold=threshold)
+        batches.append(dict(label=y, prediction=logits.argmax(-1).byte(), loss=loss, macs=macs,
+                            token_macs=token_macs.int()))
+    arrays = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+    return {key: array.cpu().numpy() for key, array in arrays.items()} | dict(threshold=threshold)
 
 
 def summary(model, result):
@@ -577,6 +577,7 @@ def evaluate_random(model, split, threshold):
 def calibrate(model, split, budget=1.0):
     """-> the threshold at which a split takes the budget, or as near as can be; and the same for
     BUDGETS, without those out of reach, the full model last: {budget: threshold}."""
+    @functools.cache
     def spent(threshold):
         few = [part[:2000] for part in split]       # enough to estimate a mean
         return summary(model, evaluate(model.masked, few, threshold))["budget"]
@@ -660,7 +661,8 @@ def save(log, cfg, data, model, seconds, result, sweep, **extra):
         options=options, test_sha256=hashlib.sha256(test).hexdigest(), static_macs=model.net.macs,
         at_budget=summary(model, result), full=summary(model, runs[-1]), seconds=seconds,
         threshold=result["threshold"], threads=torch.get_num_threads(), torch=torch.__version__,
-        device=torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU",
+        device=torch.cuda.get_device_name() if cfg.device == "cuda" else
+        f"CPU, {torch.backends.cpu.get_cpu_capability()}",
         date=time.strftime("%Y-%m-%d"), **extra)
     loss = [run["loss"].reshape(N, -1).mean(1) for run in runs]
     correct = [(run["prediction"] == run["label"]).reshape(N, -1).mean(1) for run in runs]
@@ -681,7 +683,7 @@ def save(log, cfg, data, model, seconds, result, sweep, **extra):
         say(f"{key}:", ", ".join(f"{name} {value:.4g}" for name, value in meta[key].items()))
 
 
-def draw(cfg, data, model, result, sweep, random):
+def draw(cfg, data, model, result, sweep, random=()):
     """Quality against MACs, the random control beside it; the cheapest and the dearest examples,
     the MACs of their tokens laid over them -> figure, and a subfigure for the mechanism."""
     figure = Figure(figsize=(14, 8), layout="constrained")
@@ -690,7 +692,8 @@ def draw(cfg, data, model, result, sweep, random):
     axis, quality = left.subplots(), "loss" if cfg.text else "accuracy"
     means = [summary(model, run) for run in sweep.values()]
     for label, points in ((cfg.name, means), ("at random", random)):
-        axis.plot([p["budget"] for p in points], [p[quality] for p in points], "o-", label=label)
+        if points:
+            axis.plot(*zip(*((p["budget"], p[quality]) for p in points)), "o-", label=label)
     axis.set(xlabel="MACs, share of the static network's", ylabel=quality)
     axis.legend()
     tokens, order, count = result["token_macs"], result["macs"].argsort(), 2 if cfg.text else 8

@@ -65,19 +65,20 @@ def test_nobody_leaves_early_above_every_certainty(dataset, loss):
     for run in (model.masked, model.skipping):
         logits, macs, _ = run(x, model.full)
         assert torch.allclose(logits, static, atol=1e-4)
-        heads = 3 * 32 * (model.net.out.out_features + (loss == "branching"))
+        features = 32 if dataset == "pydoc" else 16 * 32
+        heads = 3 * features * (model.net.out.out_features + (loss == "branching"))
         assert macs.tolist() == [model.net.macs + heads * (64 if dataset == "pydoc" else 1)] * 3
 
 
 @pytest.mark.parametrize("dataset, expected", (
     # by hand: stem, one block, one head; on text all convolutions, one MLP, one head
-    ("shapes", 256 * 27 * 16 + 64 * (9 * 16 * 32 + 9 * 32 + 8 * 32 * 32) + 320),
+    ("shapes", 256 * 27 * 16 + 64 * (9 * 16 * 32 + 9 * 32 + 8 * 32 * 32) + 16 * 320),
     ("pydoc", 64 * (4 * 8 * 32 + 8 * 32 * 32 + 128 * 32))))
 def test_everything_leaves_at_the_first_head(dataset, expected):
     model, x = build(script, dataset, "tiny", "--depth", "4"), inputs(dataset, count=3)
     logits, macs, _ = model.skipping(x, model.cheapest)
     assert macs.tolist() == [expected] * 3 == [model.exit_macs[0]] * 3
-    first, _ = model.exits[0](model.net.blocks[0](model.net.embed(x)))
+    first, _ = model.heads[0](model.net.blocks[0](model.net.embed(x)))
     assert torch.allclose(logits, first, atol=1e-4)
 
 
@@ -85,7 +86,7 @@ def test_everything_leaves_at_the_first_head(dataset, expected):
 def spread_exits(model, x):
     """Scale each early head, or shift its gate, until a third of what it sees is surer than 1/2."""
     x = model.net.embed(x)
-    for block, head in zip(model.net.blocks, model.exits[:-1]):
+    for block, head in zip(model.net.blocks, model.heads):
         x = block(x)
         if head.gate:
             head.gate.bias -= torch.logit(head(x)[1]).quantile(2 / 3)
@@ -119,7 +120,7 @@ def test_leaving_at_every_depth_in_one_batch(dataset, loss):
     else:
         assert (token_macs.sum(1) == macs).all()
         assert (token_macs - token_macs.min() == (depth - 1) * (8 * 32 * 32) + (depth - 1).clamp_max(2)
-                * model.exits[0].macs + (depth == 4) * model.net.head_macs).all()
+                * model.heads[0].macs + (depth == 4) * model.net.head_macs).all()
 
 
 def test_leaving_together_is_an_exit_of_its_own():
@@ -128,6 +129,37 @@ def test_leaving_together_is_an_exit_of_its_own():
         logits, macs, _ = model.leaving_at(x, last)
         assert torch.equal(logits, model.all_exits(x)[0][last - 1])
         assert (macs == model.exit_macs[last - 1]).all()
+
+
+def test_a_head_sees_where_things_are():
+    """It averages 2 x 2 neighbours: moving tokens inside a square changes nothing, between squares it
+    changes the answer."""
+    head = script.ExitHead(32, 10, True, "confidence")
+    x = torch.randn(5, 8, 8, 32)
+    swapped, moved = x.clone(), x.clone()
+    swapped[:, 2, 4], swapped[:, 3, 5] = x[:, 3, 5], x[:, 2, 4]
+    moved[:, 2, 4], moved[:, 2, 6] = x[:, 2, 6], x[:, 2, 4]
+    logits, same, other = (head(each.flatten(1, 2))[0] for each in (x, swapped, moved))
+    assert torch.allclose(logits, same, atol=1e-6) and not torch.allclose(logits, other, atol=1e-3)
+    by_hand = head.norm(x).unflatten(1, (4, 2)).unflatten(3, (4, 2)).mean((2, 4))   # (5, 4, 4, 32)
+    weight = head.out.weight.unflatten(1, (32, 4, 4))
+    assert torch.allclose(logits, torch.einsum("nrcw,kwrc->nk", by_hand, weight) + head.out.bias, atol=1e-5)
+
+
+@pytest.mark.parametrize("regime, progress, teach", (
+    ("joint", 0.0, True), ("mixed", 0.59, False), ("mixed", 0.6, True), ("frozen", 0.99, False)))
+@pytest.mark.parametrize("loss", LOSSES)
+def test_who_trains_the_blocks(regime, progress, teach, loss):
+    """Apart, blocks get the gradient of the last head alone, and the early heads learn all the same."""
+    model = build(script, "shapes", "tiny", "--regime", regime, "--loss", loss)
+    x, y = inputs("shapes"), torch.randint(10, (8,))
+    model.loss(x, y, progress)[0].backward()
+    got = model.net.blocks[0].mlp[0].weight.grad.clone()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.heads.parameters())
+    if loss == "sum":
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(model.net(x), y).backward()
+        assert torch.allclose(got, model.net.blocks[0].mlp[0].weight.grad, atol=1e-6) != teach
 
 
 def test_all_heads_train():
