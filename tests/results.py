@@ -13,7 +13,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from compare_rankings import STATIC, by_method, find, gather, markdown, spread, static_table   # noqa: E402
+from compare_rankings import STATIC, by_method, gather, markdown, paying_table, spread, static_table   # noqa: E402
 
 KEPT = ROOT / ".github/results"
 DATA = dict(cifar10="JPEG copy of CIFAR-10", shakespeare="TinyShakespeare")
@@ -29,7 +29,7 @@ def zeros_table(logs):
         rows.append([name, spread([np.mean(d["layers"]) for d in density], 3),
                      " ".join(f"{share:.3f}" for share in layers),
                      spread([d["never"] for d in density], 0), spread([d["always"] for d in density], 0),
-                     f"{density[0]['neurons']:,}", spread([log.cost.mean() for log in runs], 3),
+                     f"{density[0]['neurons']:,}", spread([log.macs.mean() for log in runs], 3),
                      spread([d["oracle_bound"] for d in density], 3),
                      *(spread([c[f"skipping_ms_batch_{b}"] / c[f"static_ms_batch_{b}"] for c in clock])
                        for b in (1, 256))])
@@ -44,14 +44,15 @@ def tables():
              "of those of the same network, run in full. Minutes are those of a run on one thread, beside "
              "another run on the second core.", ""]
     for folder in sorted({path.parent for path in KEPT.glob("*/*.npz")}):
-        logs = gather(find([folder]))
+        logs = gather([folder])
         metas = [log.meta for log in logs]
         threads, torch, device = ({str(meta[key]) for meta in metas} for key in ("threads", "torch", "device"))
-        lines += [f"## {folder.name}", "", f"{DATA[metas[0]['dataset']]}; {', '.join(device)} "
-                  f"(Intel Xeon with AVX-512), {', '.join(threads)} thread, torch {', '.join(torch)}. A row is "
+        lines += [f"## {folder.name}", "", f"{DATA[metas[0]['dataset']]}; {', '.join(device)}, "
+                  f"{', '.join(threads)} thread, torch {', '.join(torch)}. A row is "
                   f"`python3 relu_sparsity.py --dataset {metas[0]['dataset']} --size {metas[0]['size']}`, "
                   "with the `--width`, `--depth` and `--name` of the row and the seeds listed.", "",
-                  *static_table(logs), "Zeros of the networks above, at full width and depth:", "",
+                  *static_table(logs), *(paying_table(logs) if any(log.kind == "method" for log in logs) else []),
+                  "Zeros of the networks above, at full width and depth:", "",
                   *zeros_table([log for log in logs if log.meta["name"] == STATIC])]
     if lines[-1:] == [""] and len(lines) == 4:
         lines.append("There are no logs yet.")

@@ -51,5 +51,5 @@ def test_a_method_of_your_own(tmp_path, monkeypatch):
     script.save(log, cfg, data, model, 0.0, result, {0.7: result}, wall_clock={})
     block, = (b for b in blocks if "np.load" in b)
     exec(block, {})
-    logs = compare_rankings.gather(compare_rankings.find([log.parent]))
-    assert [log.meta["name"] for log in logs] == ["relu_sparsity", "brightness"]
+    logs = compare_rankings.gather([log.parent])
+    assert [log.name for log in logs] == ["relu_sparsity", "brightness"]
