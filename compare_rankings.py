@@ -12,10 +12,10 @@ one ranking per network, and asks two things:
     python compare_rankings.py logs/cifar10-small --human cifar10h-counts.npy      # and people
 
 Out come `figures/<dataset>-<size>/report.md`, answer first, and pictures. Rho is easily misread.
-Equal MACs share a rank, and ties set a ceiling: one idea of hardness, with different shares of
-early exits, may be unable to exceed 0.33. Networks of one seed start alike and see the same
-batches: only runs of different seeds are compared. And a method that does not agree with its own
-other seeds cannot agree with another: "disattenuated" rho is divided by that.
+Equal MACs share a rank, and ties set a ceiling: two networks that order examples alike, of which
+one lets half leave early and one 90 %, cannot exceed 0.33. Runs of one seed start alike and see the
+same batches: unless there is but one seed, only runs of different seeds are compared. Differences
+between the seeds of a method lower rho; "disattenuated" estimates what it would be without them.
 """
 import argparse
 import hashlib
@@ -67,6 +67,8 @@ class Log:
             options = meta.setdefault("options", {})
             self.size = options.get("width"), options.get("depth")
             self.training = options.get("epochs"), options.get("steps")
+            if type(self.seed) is not int:
+                raise TypeError("its seed is no integer")
         except Exception as error:      # a file that is something else can fail in a dozen ways
             fail(f"{path}: is no log ({type(error).__name__}: {error})".replace("\n", " "))
         keys = ("label", "prediction", "loss", "macs", "sweep_macs", "sweep_loss", "sweep_correct")
@@ -76,17 +78,17 @@ class Log:
         if meta.get("schema") != 2 or not is_positive(static_macs) or any(
                 not isinstance(word, str) or Path(word).name != word for word in words):
             fail(f"{path}: unknown schema, or meta data of the wrong kind")
-        each, N, sweep = arrays["label"].shape, arrays["macs"].shape, arrays["sweep_macs"].shape
-        shapes = dict(label=each if text else N, prediction=each, loss=each, token_macs=each,
-                      macs=N[:1], difficulty=N, sweep_macs=sweep[:1] + N, sweep_loss=sweep,
-                      sweep_correct=sweep)
-        for key, array in arrays.items():
-            if array.shape != shapes.get(key, array.shape) or min(array.shape, default=1) == 0:
-                fail(f"{path}: {key} has shape {array.shape}, {shapes[key]} is expected")
-            if not np.issubdtype(array.dtype, np.number) or not np.isfinite(array).all():
-                fail(f"{path}: {key} holds NaN, infinity, or no numbers")
-        if N[0] < 10:
-            fail(f"{path}: fewer than 10 examples")
+        N, S = arrays["macs"].size, len(np.atleast_1d(arrays["sweep_macs"]))
+        each = (N, arrays["label"].size // max(N, 1)) if text else (N,)
+        shapes = dict(macs=(N,), label=each, prediction=each, loss=each, token_macs=each,
+                      difficulty=(N,), sweep_macs=(S, N), sweep_loss=(S, N), sweep_correct=(S, N))
+        for key in shapes.keys() & arrays.keys():
+            if arrays[key].shape != shapes[key] or N < 10 or S < 1:
+                fail(f"{path}: {key} has shape {arrays[key].shape}, {shapes[key]} is expected, "
+                     "of at least 10 examples")
+            if arrays[key].dtype.kind not in "biuf" or not (
+                    np.isfinite(arrays[key]).all() and arrays[key].min() >= 0):
+                fail(f"{path}: {key} holds NaN, infinity, something below 0, or no numbers")
         self.label, self.difficulty = arrays["label"], arrays.get("difficulty")
         self.loss = arrays["loss"].astype(float)
         self.macs = arrays["macs"] / static_macs                                # (N,) as logged
@@ -98,9 +100,9 @@ class Log:
             self.token_macs = arrays["token_macs"] * (each[1] / static_macs)
         dealt, better = meta.get("random"), "loss" if text else "accuracy"
         try:                            # what may be missing costs its cell, or its picture
-            self.random = np.array([point[better] for point in dealt], float) + 0 * self.quality
-        except (TypeError, KeyError, ValueError):
-            self.random = np.full(sweep[0], np.nan)
+            self.random = np.array([float(dealt[k][better]) for k in range(S)])
+        except (TypeError, KeyError, ValueError, IndexError):
+            self.random = np.full(S, np.nan)
         clock = meta.get("wall_clock")
         try:
             self.time = [clock[f"skipping_ms_batch_{batch}"] / clock[f"static_ms_batch_{batch}"]
@@ -108,8 +110,10 @@ class Log:
         except (TypeError, KeyError, ZeroDivisionError):
             self.time = [np.nan, np.nan]
         self.seconds = meta["seconds"] if is_positive(meta.get("seconds")) else np.nan
-        static = meta.get("script") == STATIC or self.name == STATIC
-        self.kind = "method" if not static else "full" if self.name == STATIC else "smaller"
+        self.kind = "full" if self.name == STATIC else "method"
+        static = meta.get("script") == STATIC and not options.get("sparsity_weight")
+        if static and self.kind != "full":
+            self.kind = "smaller"       # a static network of another size: no ranking
 
     def point(self, budget):
         """The point of the sweep that spends a budget, to 0.03, or None."""
@@ -118,7 +122,7 @@ class Log:
 
 
 def is_positive(value):
-    return isinstance(value, (int, float)) and 0 < value < np.inf
+    return type(value) in (int, float) and 0 < value < 1e30
 
 
 def gather(paths):
@@ -219,14 +223,13 @@ class Rankings(NamedTuple):
 
 
 def rankings(logs, compute, references=()):
-    """compute: log -> (N,). references: (name, list of (N,), known reliability or None)."""
+    """compute: log -> (N,). references: (name, list of (N,), their seeds, known reliability or
+    None)."""
     runs = by_method(logs)
     rows = [(name, [compute(log) for log in own], [log.seed for log in own])
             for name, own in runs.items()]
-    rows += [(name, columns, [-1 - s for s in range(len(columns))])
-             for name, columns, _ in references]
-    names, columns, seeds = zip(*rows)
-    known = {len(runs) + i: r for i, (_, _, r) in enumerate(references) if r is not None}
+    names, columns, seeds = zip(*rows, *(reference[:3] for reference in references))
+    known = {len(runs) + i: row[3] for i, row in enumerate(references) if row[3] is not None}
     seed = np.concatenate(seeds)
     if len({log.seed for log in logs}) == 1:
         seed = np.arange(len(seed))     # nothing but one seed: compared all the same
@@ -238,7 +241,7 @@ def rankings(logs, compute, references=()):
 def agreement(rho, table):
     """rho (..., L, L) of runs -> of rankings (..., A, A), the mean over pairs of runs of different
     seeds, reliability on the diagonal; and the same, disattenuated: over the root of the product of
-    both reliabilities. NaN: no two seeds, a reliability of 0 or less, or constant MACs."""
+    both reliabilities. NaN: no two seeds, a reliability below 0.1, or constant MACs."""
     A = len(table.names)
     raw = np.full((*rho.shape[:-2], A, A), np.nan)
     for a, b in np.ndindex(A, A):
@@ -249,7 +252,7 @@ def agreement(rho, table):
     for a, reliability in table.known.items():
         raw[..., a, a] = reliability
     own = np.diagonal(raw, axis1=-2, axis2=-1)
-    scale = np.sqrt(np.where(own > 0, own, np.nan))
+    scale = np.sqrt(np.where(own > 0.1, own, np.nan))       # dividing by noise would be noise
     return raw, raw / (scale[..., :, None] * scale[..., None, :])
 
 
@@ -278,19 +281,20 @@ def study(table, label=None, telling=None, block=1, resamples=300):
 
 
 # === does it pay? ===
-def frontier(logs, share):
-    """What static networks of a share of the MACs reach, by linear interpolation between narrower
-    ones and between shallower ones; the better of the two. NaN below the smallest (to 0.03)."""
+def frontier(logs, macs):
+    """What static networks of so many MACs reach, the mean of their seeds, by linear interpolation
+    between narrower ones and between shallower ones; the better of the two. NaN beyond the smallest
+    and the full one, to 0.03 of the full one's."""
     full, found = [log for log in logs if log.kind == "full"], []
     for fixed in (0, 1) if full else ():        # of the same width, of the same depth
-        alike = [log for log in logs
-                 if log.kind != "method" and log.size[fixed] == full[0].size[fixed]]
-        static_macs = full[0].meta["static_macs"]
-        points = sorted((runs[0].meta["static_macs"] / static_macs,
-                         np.mean([log.quality[-1] for log in runs]))
+        alike = [log for log in logs if log.kind == "full" or log.kind == "smaller"
+                 and log.size[fixed] == full[0].size[fixed]
+                 and log.meta["static_macs"] < full[0].meta["static_macs"]]
+        points = sorted((runs[0].meta["static_macs"], np.mean([log.quality[-1] for log in runs]))
                         for runs in by_method(alike).values())
-        if len(points) > 1 and share > points[0][0] - 0.03:
-            found.append(np.interp(share, *zip(*points)))
+        slack = 0.03 * points[-1][0]
+        if len(points) > 1 and points[0][0] - slack < macs < points[-1][0] + slack:
+            found.append(np.interp(macs, *zip(*points)))
     return (min if logs[0].text else max)(found, default=np.nan)
 
 
@@ -298,14 +302,14 @@ def verdict(quality, static, dealt, full, text):
     """Whether it pays, in words: qualities (seeds,) at a budget, of the static frontier there, of
     decisions dealt at random, and of the full static network."""
     sign, near, failed = -1 if text else 1, 0.01 if text else 0.003, []
-    if np.isnan([*static, *dealt, full]).any():
-        return "unknown: something to compare with is missing"
-    if not (sign * (quality - static) > 0).all():
-        failed.append("not above static networks")
-    if not (sign * (quality - dealt) > 0).all():
-        failed.append("not above random decisions")
+    if (sign * (quality - static) <= 0).any():                  # never so with NaN
+        failed.append("not better than static networks")
+    if (sign * (quality - dealt) <= 0).any():
+        failed.append("not better than random decisions")
     if sign * (quality.mean() - full) < -near:
-        failed.append("below the full network")
+        failed.append("worse than the full network")
+    if not failed and np.isnan([*static, *dealt, full]).any():
+        return "unknown: something to compare with is missing"
     return f"no: {', '.join(failed)}" if failed else "yes"
 
 
@@ -315,15 +319,20 @@ def paying_table(logs):
     methods = by_method(log for log in logs if log.kind == "method")
     for (name, runs), budget in itertools.product(methods.items(), BUDGETS):
         points = [(log, log.point(budget)) for log in runs if log.point(budget) is not None]
-        if len(points) == len(runs):
-            spent, quality, dealt = (np.array([values(log)[k] for log, k in points]) for values in (
-                lambda log: log.spent, lambda log: log.quality, lambda log: log.random))
-            static = np.array([frontier(logs, share) for share in spent])
-            rows.append([name, spread(spent, 3), *(spread(v, 4) for v in (quality, static, dealt)),
-                         number(full, 4), verdict(quality, static, dealt, full, logs[0].text)])
+        if len(points) < len(runs):
+            continue                            # out of reach for a seed
+        spent = np.array([log.spent[k] for log, k in points])
+        quality = np.array([log.quality[k] for log, k in points])
+        dealt = np.array([log.random[k] for log, k in points])
+        static = np.array([frontier(logs, log.spent[k] * log.meta["static_macs"])
+                           for log, k in points])
+        rows.append([name, str(len(runs)), spread(spent, 3), spread(quality, 4), spread(static, 4),
+                     spread(dealt, 4), number(full, 4),
+                     verdict(quality, static, dealt, full, logs[0].text)])
     better = "test loss, nats" if logs[0].text else "test accuracy"
-    return markdown(["method", "MACs", better, "static networks of as many MACs",
-                     "its decisions at random", "full static network", "does it pay?"], rows)
+    return markdown(["method", "seeds", "MACs, share of static", better,
+                     "static networks of as many MACs (interpolated)", "its decisions at random",
+                     "full static network", "does it pay?"], rows)
 
 
 def static_table(logs):
@@ -370,7 +379,7 @@ def word(rho):
 def pair_table(table, found):
     """A row for each pair of methods."""
     (raw, full), rows = found["all"], []
-    low, high = np.nanpercentile(found["interval"][1], [2.5, 97.5], axis=0)
+    low, high = np.percentile(found["interval"][1], [2.5, 97.5], axis=0)
     extra = [kind for kind in ("within classes", "neither trivial nor impossible") if kind in found]
     for pair in itertools.combinations(range(table.methods), 2):
         rows.append([" and ".join(table.names[i] for i in pair), word(full[pair]),
@@ -392,25 +401,25 @@ def reference_table(table, found):
 
 
 def answer(logs, table, found, at_budgets):
-    """The lines that come first. at_budgets: {budget: agreement}."""
-    def median(both):
-        pairs = both[disattenuated][np.triu_indices(table.methods, 1)]
-        return [f(pairs) for f in (np.nanmedian, np.nanmin, np.nanmax)]
-
-    disattenuated = 1
-    disattenuated = int(np.isfinite(median(found["all"])[0]))       # or else what there is: raw
-    middle, low, high = median(found["all"])
-    kind = "disattenuated" if disattenuated else "raw"
+    """The lines that come first. at_budgets: {budget: median raw and disattenuated rho}."""
+    pairs = np.triu_indices(table.methods, 1)
+    disattenuated = np.isfinite(found["all"][1][pairs]).any()
+    kind = "disattenuated" if disattenuated else "raw"              # where nothing else is known
+    rho = found["all"][int(disattenuated)][pairs]
+    middle, low, high = np.nanmedian(rho), np.nanmin(rho), np.nanmax(rho)
     names = ", ".join(table.names[:table.methods])
     unit = "windows of" if logs[0].text else "test images of"
     lines = [f"**On {len(logs[0].macs):,} {unit} {logs[0].meta['dataset']}, {names} show "
              f"{word(middle)} agreement on which take the most compute: median {kind} rho of their "
-             f"rankings {number(middle)} (pairs: {number(low)} to {number(high)}).**", ""]
+             f"rankings {number(middle)} ({np.isfinite(rho).sum()} of {len(rho)} pairs: "
+             f"{number(low)} to {number(high)}).**", ""]
     if not disattenuated:
-        lines += ["Reliability is unknown, or not above 0: it takes two seeds that agree.", ""]
+        lines += ["Reliability is unknown, or below 0.1: it takes two seeds that agree. Raw rho is "
+                  "lower than the agreement behind it.", ""]
     if at_budgets:
-        told = [f"{number(median(both)[0])} at {budget}" for budget, both in at_budgets.items()]
-        lines += [f"The median at equal budgets: {', '.join(told)} of the MACs.", ""]
+        told = [f"{number(both[int(disattenuated)])} at {b}" for b, both in at_budgets.items()]
+        lines += ["The median of the methods that choose their compute, at equal budgets: "
+                  f"{', '.join(told)} of the MACs.", ""]
     return lines
 
 
@@ -418,17 +427,20 @@ HOW_TO_READ = f"""
 ## How to read this
 
 Agreement by rho: {', '.join(f'{name} from {least}' for least, name in WORDS[:-1])}, opposite below.
-For scale, on CIFAR-10 (published predictions, CIFAR-10H): errors of two families of CNN agree at
-0.80 to 0.88 (disattenuated), of a CNN and random features at 0.55, of people and machines at 0.43.
+For scale, how alike *errors* are on CIFAR-10 (published predictions, CIFAR-10H; disattenuated): two
+families of CNN 0.80 to 0.88, a CNN and random features 0.55, people and machines 0.43.
 
 * *Disattenuated*: raw rho over the root of the product of both reliabilities, the rho between seeds
-  of one method. 1: methods differ no more than their own seeds; noise can carry it beyond.
-* *Ceiling by ties*: the highest rho that equal MACs allow. *Costliest 10 % shared*: by chance 0.10.
+  of one method. 1: methods differ no more than their own seeds; noise can carry it beyond. The
+  interval is over examples; other seeds may differ by more.
+* *Ceiling by ties*: the highest raw rho possible, as many examples share the same MACs.
+  *Costliest 10 % shared*: by chance 0.10.
 * *Neither trivial nor impossible*: without images that all full static networks get right, or all
   get wrong.
-* *It pays* if every seed beats static networks of as many MACs (narrower and shallower ones,
-  interpolated) and its own decisions dealt out at random, and the mean is within 0.3 points, or
-  0.01 nats, of the full static network.
+* *It pays*, in MACs, if each seed is better than the mean of static networks of as many MACs
+  (narrower and shallower ones, interpolated) and than its own decisions dealt out at random, and
+  the mean is within 0.3 points, or 0.01 nats, of the full static network. Time is another matter.
+* *Unknown*: too few seeds, a reliability below 0.1, the same MACs for all, or no such log.
 """.strip().splitlines()
 
 
@@ -467,9 +479,9 @@ def draw_quality(logs):
     axis, methods = figure.subplots(), [log for log in logs if log.kind == "method"]
     lines_of(axis, methods, [(log.spent, log.quality) for log in methods])
     lines_of(axis, methods, [(log.spent, log.random) for log in methods], "--")
-    shares = np.linspace(0.2, 1, 100)
-    static = [frontier(logs, share) for share in shares]
-    axis.plot(shares, static, "k", lw=2, label="static networks")
+    shares, full = np.linspace(0.2, 1, 100), [log for log in logs if log.kind == "full"]
+    static = [frontier(logs, share * full[0].meta["static_macs"]) for share in shares if full]
+    axis.plot(shares[:len(static)], static, "k", lw=2, label="static networks")
     axis.set(xlabel="mean MACs, share of the static network's",
              ylabel="test loss, nats per character" if logs[0].text else "test accuracy")
     axis.legend()
@@ -573,28 +585,30 @@ def agree(logs, args):
     first, text, full = logs[0], logs[0].text, [log for log in logs if log.kind == "full"]
     references, label, telling = [], None if text else first.label, None
     if first.difficulty is not None:
-        references.append(("known difficulty", [first.difficulty], 1.0))
+        references.append(("known difficulty", [first.difficulty], [-1], 1.0))
     if args.human:
         counts = read_people(args.human, first)
-        references.append(("people", [entropy(counts)], split_half(counts)))
+        references.append(("people", [entropy(counts)], [-2], split_half(counts)))
     if full:
         losses = [log.loss.reshape(len(log.loss), -1).mean(1) for log in full]
-        references.append(("static loss", losses, None))
+        references.append(("static loss", losses, [log.seed for log in full], None))
     if len(full) > 1 and not text:
         right = np.array([log.sweep_quality[-1] for log in full])
         telling = right.min(0) != right.max(0)
     table = rankings(logs, lambda log: log.macs, references)
     found = study(table, label, telling, NEIGHBOURS if text else 1)
-    at_budgets = {}
-    for budget in BUDGETS:
-        if all(log.point(budget) is not None for log in logs):
-            same = rankings(logs, lambda log: log.sweep_macs[log.point(budget)])
-            at_budgets[budget] = agreement(correlate(same.columns), same)
+    at_budgets, choosing = {}, [log for log in logs if log.kind == "method"]
+    for budget in BUDGETS if len(by_method(choosing)) > 1 else ():
+        if all(log.point(budget) is not None for log in choosing):
+            same = rankings(choosing, lambda log: log.sweep_macs[log.point(budget)])
+            pairs = np.triu_indices(same.methods, 1)
+            both = agreement(correlate(same.columns), same)
+            at_budgets[budget] = [np.nanmedian(rho[pairs]) for rho in both]
     tables = ["## Do they agree?", "", *pair_table(table, found), *reference_table(table, found)]
     if telling is not None:
         tables += [f"{telling.sum():,} images are neither trivial nor impossible.", ""]
     panels = [(name, np.mean(columns, 0), [log.macs for log in logs])
-              for name, columns, _ in references]
+              for name, columns, *_ in references]
     pictures = {"agreement": draw_agreement(table, found), "time": draw_time(logs)}
     if text and all(log.token_macs is not None for log in logs):
         costs = [log.token_macs.ravel() for log in logs]

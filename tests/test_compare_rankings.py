@@ -152,6 +152,8 @@ def test_agreement_by_hand():
     raw, full = script.agreement(rho[1:3, 1:3], table_of([0, 1], [1, 0]))      # one seed each, different ones
     assert raw[0, 1] == .5 and np.isnan(full[0, 1]) and np.isnan(raw[0, 0])
     assert np.isnan(script.agreement(rho[:2, :2], table_of([0, 1], [0, 0]))[0]).all()
+    noise = script.agreement(rho * 0.15, table_of([0, 0, 1, 1], [0, 1, 0, 1]))  # reliabilities below 0.1
+    assert np.isnan(noise[1]).all() and noise[0][0, 1] > 0
     known = script.agreement(rho[:3, :3], table_of([0, 0, 1], [0, 1, -1], {1: 1.0}))
     assert np.isclose(known[1][0, 1], .7 / .8)
     stack = script.agreement(np.stack([rho, rho]), table_of([0, 0, 1, 1], [0, 1, 0, 1]))
@@ -196,25 +198,29 @@ def test_the_frontier_by_hand():
     """Narrower: 60 % at 0.4 and 72 % at 0.8; shallower: 70 % at 0.5. The better of both lines, to 80 %."""
     logs = [static(FIVE[0], 1, 0.7), static(FIVE[0], 1, 0.9, seed=1), static("depth_4", 0.5, 0.7, depth=4),
             static("width_9", 0.4, 0.6, width=9), static("width_20", 0.8, 0.72, width=20)]
-    for share, best in ((1, 0.8), (0.5, 0.7), (0.75, 0.75), (0.4, 0.6), (0.45, 0.615), (0.9, 0.78)):
-        assert script.frontier(logs, share) == pytest.approx(best)
-    assert np.isnan(script.frontier(logs, 0.36)) and np.isnan(script.frontier(logs[:2], 0.7))
-    assert np.isnan(script.frontier(logs[2:], 0.7))
+    bigger, sparse = static("again", 1, 0.2), static("depth_2", 0.5, 0.9, depth=2)
+    sparse.kind = "method"                                  # trained with a penalty
+    for more in [], [bigger, sparse]:
+        for share, best in ((1, 0.8), (0.5, 0.7), (0.75, 0.75), (0.4, 0.6), (0.45, 0.615), (0.9, 0.78)):
+            assert script.frontier(logs + more, share * DENSE) == pytest.approx(best)
+    assert np.isnan(script.frontier(logs, 0.36 * DENSE)) and np.isnan(script.frontier(logs[:2], 0.7 * DENSE))
+    assert np.isnan(script.frontier(logs[2:], 0.7 * DENSE)) and np.isnan(script.frontier(logs, 1.04 * DENSE))
     texts = [static(FIVE[0], 1, 1.5, text=True), static("depth_4", 0.5, 1.9, depth=4, text=True),
              static("width_9", 0.5, 1.7, width=9, text=True)]
-    assert script.frontier(texts, 0.75) == pytest.approx(1.6)               # of a loss less is better
+    assert script.frontier(texts, 0.75 * DENSE) == pytest.approx(1.6)               # of a loss less is better
 
 
 def test_verdicts():
     q = np.array([0.8, 0.82])
     assert script.verdict(q, q - 0.01, q - 0.02, 0.8129, False) == "yes"
-    assert script.verdict(q, q - 0.01, q - 0.02, 0.8131, False) == "no: below the full network"
-    assert script.verdict(q, [0.79, 0.83], q - 0.02, 0.81, False) == "no: not above static networks"
+    assert script.verdict(q, q - 0.01, q - 0.02, 0.8131, False) == "no: worse than the full network"
+    assert script.verdict(q, [0.79, 0.83], q - 0.02, 0.81, False) == "no: not better than static networks"
     assert script.verdict(q, q - 0.1, [0.8, 0.7], 0.9, False) == (
-        "no: not above random decisions, below the full network")
+        "no: not better than random decisions, worse than the full network")
     assert script.verdict(q, [np.nan, 0.7], q - 0.1, 0.8, False).startswith("unknown")
+    assert script.verdict(q, [np.nan, np.nan], q, 0.8, False) == "no: not better than random decisions"
     assert script.verdict(q, q + 0.01, q + 0.02, 0.8001, True) == "yes"     # of a loss less is better
-    assert script.verdict(q, q + 0.01, q + 0.02, 0.7999, True) == "no: below the full network"
+    assert script.verdict(q, q + 0.01, q + 0.02, 0.7999, True) == "no: worse than the full network"
 
 
 def test_the_report_says_what_pays(run, tmp_path, monkeypatch):
@@ -232,8 +238,8 @@ def test_the_report_says_what_pays(run, tmp_path, monkeypatch):
     status, printed, errors = run(tmp_path)
     assert status == 0, errors
     assert "| depth_1 | 32 | 1 | 0.50 M | 0.50 | 1.5 (1.5 to 1.5) | 0, 1 | 0.6000 (0.6000 to 0.6000) |" in printed
-    assert re.search(r"moe \| 0.500 .* \| 0.9000 .* \| 0.6000 .* \| 0.6000 .* \| 0.8000 \| yes \|", printed)
-    assert re.search(r"early_exit \| 0.850 .* \| 0.7400 .* \| no: below the full network \|", printed)
+    assert re.search(r"moe \| 2 \| 0.500 .* \| 0.9000 .* \| 0.6000 .* \| 0.6000 .* \| 0.8000 \| yes \|", printed)
+    assert re.search(r"early_exit \| 2 \| 0.850 .* \| 0.7400 .* \| no: worse than the full network \|", printed)
     assert "relu_sparsity, early_exit, moe show" in printed and "0.5, " in printed
     for path in tmp_path.glob("[em]*.npz"):                 # static networks alone: no question of agreement
         path.unlink()
@@ -353,8 +359,10 @@ def test_people_and_known_difficulty_are_columns(run, tmp_path, monkeypatch):
     assert status == 0, errors
     assert "rho with known difficulty | rho with people | rho with static loss |" in printed
     row = re.findall(r"^\| relu_sparsity \| [\d,]+ \| (.*) \|$", printed, re.M)[-1].split(" | ")
-    rho = [script.spearman(np.load(tmp_path / f"relu_sparsity-s{s}.npz")["macs"], known[0]) for s in (0, 1)]
-    assert float(row[1]) == pytest.approx(np.mean(rho), abs=0.006)
+    macs, loss = ([np.load(tmp_path / f"relu_sparsity-s{s}.npz")[key] for s in (0, 1)] for key in ("macs", "loss"))
+    assert float(row[1]) == pytest.approx(np.mean([script.spearman(m, known[0]) for m in macs]), abs=0.006)
+    other = [script.spearman(macs[0], loss[1]), script.spearman(macs[1], loss[0])]      # of the other seed only
+    assert float(row[3]) == pytest.approx(np.mean(other), abs=0.006)
 
 
 def test_words_and_numbers():
@@ -376,7 +384,8 @@ def change_of(what):
             "order": lambda: arrays.update(label=arrays["label"][::-1]), "schema": lambda: meta.update(schema=1),
             "epochs": lambda: meta["options"].update(epochs=4), "no MACs": lambda: meta.update(static_macs=0),
             "elsewhere": lambda: meta.update(size="../../elsewhere"),
-            "missing": lambda: arrays.pop("sweep_macs"), "shape": lambda: arrays.update(loss=arrays["loss"][:-1]),
+            "missing": lambda: arrays.pop("sweep_macs"), "negative": lambda: arrays.update(macs=-arrays["macs"]),
+            "seed": lambda: meta.update(seed="1"), "shape": lambda: arrays.update(loss=arrays["loss"][:-1]),
             "no sweep": lambda: arrays.update({key: np.zeros((0, 1500)) for key in (
                 "sweep_macs", "sweep_loss", "sweep_correct")}),
             "NaN": lambda: arrays.update(loss=arrays["loss"] * np.nan),
@@ -390,7 +399,8 @@ def change_of(what):
     ("split", "are not those of"), ("data set", "are not those of"), ("order", "its order"),
     ("schema", "unknown schema"), ("epochs", "epochs and steps (3, None) are not those of"), ("no MACs", "of the wrong kind"),
     ("elsewhere", "of the wrong kind"), ("missing", "misses sweep_macs"), ("shape", "loss has shape"),
-    ("no sweep", "has shape (0, 1500)"), ("NaN", "loss holds NaN"), ("words", "loss holds NaN, infinity, or no")))
+    ("no sweep", "has shape"), ("NaN", "loss holds NaN"), ("words", "loss holds NaN"),
+    ("negative", "macs holds"), ("seed", "its seed is no integer")))
 def test_refusals(what, message, run, tmp_path):
     simulate(tmp_path, FIVE[:2], [0], change=change_of(what))
     status, printed, errors = run(tmp_path)
