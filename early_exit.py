@@ -7,9 +7,11 @@ leaves at the first head that is sure enough; for this input, the rest of the ne
 
 An image leaves as a whole. In a text each character leaves on its own: its decision reads only what
 came before, and the blocks above skip its MLP. Their convolutions, few MACs, run at all positions.
+Training runs every block and every head; only an evaluation lets anything leave.
 
-`--loss sum` weights the heads' cross-entropies by depth. `--loss branching` trains the heads as one
-soft mixture with learned gates g_l, for which the expected MACs c_1 are brought to the budget:
+`--loss sum` adds up the heads' cross-entropies. `--loss branching` trains early heads as one soft
+mixture with learned gates g_l, whose expected MACs c_1 it brings to the budget (MACs_l: all up to
+exit l; at the last exit g = 1); the last head's own cross-entropy is added, or gates starve it:
 
     f_l = g_l softmax(head_l) + (1 - g_l) f_(l+1),      c_l = g_l MACs_l + (1 - g_l) c_(l+1)
 
@@ -56,16 +58,17 @@ def options(argv=None):
     add("--criterion", choices=["confidence", "margin", "entropy"], default="confidence",
         help="how sure a head is: by its best class, by the lead over the second, or by 1 - "
              "entropy / maximum; with --loss branching the learned gate")
-    add("--risk", type=float,
-        help="instead of a budget: the share of answers that may turn from right to wrong")
+    add("--risk", type=float, default=0.0,
+        help="leave by a guarantee instead of the budget: the share of answers that may turn from "
+             "right to wrong (default: 0, none)")
     cfg = complete(parser, argv)
-    if not (0 < cfg.budget <= 1 and (cfg.risk is None or 0 < cfg.risk < 1) and cfg.depth > 1):
+    if not (0 < cfg.budget <= 1 and 0 <= cfg.risk < 1 and cfg.depth > 1):
         parser.error("--budget and --risk must be between 0 and 1, --depth at least 2")
     return cfg
 
 
-# Shapes: B batch, T tokens, C width, L exits (one per block), K classes or characters; and "..." is
-# what leaves: (B,) for images, (B, T) for characters.
+# Shapes: B batch, T tokens, C width, L exits (one per block), K classes or characters; "..." stands
+# for what leaves: (B,) for images, (B, T) for characters.
 
 # === the mechanism ===
 def certainty(logits, criterion):
@@ -121,11 +124,11 @@ class Model(nn.Module):
         self.regime, criterion = cfg.regime, "gate" if cfg.loss == "branching" else cfg.criterion
         self.heads = nn.ModuleList(ExitHead(cfg.width, cfg.classes, not cfg.text, criterion)
                                    for _ in range(cfg.depth - 1))
-        runs = torch.ones(cfg.depth, cfg.depth).triu()      # column l: the blocks before exit l
+        runs = torch.ones(cfg.depth, cfg.depth).triu()      # row: block; column: exit; 1 if it runs
         runs = runs[..., None].expand(-1, -1, cfg.tokens) if cfg.text else runs
         self.exit_macs = self.count_macs(runs)[0]                               # (L,)
 
-    def exit(self, layer, x):
+    def head_after(self, layer, x):
         """The head after a block -> logits, certainty; the last one takes all that come."""
         if layer < len(self.heads):
             return self.heads[layer](x)
@@ -140,9 +143,10 @@ class Model(nn.Module):
         active = x.new_ones(x.shape[:2] if self.text else x.shape[:1])
         for layer, block in enumerate(self.net.blocks):
             active = active if decisions is None else decisions[layer]
-            x = torch.where(active.view(*active.shape, *[1] * (3 - active.ndim)) > 0, block(x), x)
+            runs = active[..., None] if self.text else active[:, None, None]
+            x = torch.where(runs > 0, block(x), x)
             early = apart and layer < len(self.heads)
-            logits, sure = self.exit(layer, x.detach() if early else x)
+            logits, sure = self.head_after(layer, x.detach() if early else x)
             exits.append((logits, sure, active))
             if threshold is not None:
                 active = active * (sure < threshold)
@@ -166,7 +170,8 @@ class Model(nn.Module):
         log_p = weights.clamp_min(1e-9).log()[..., None] + logits.float().log_softmax(-1)
         loss = F.nll_loss(log_p.logsumexp(0).movedim(-1, 1), y)
         macs = (weights.flatten(1).mean(1) * self.exit_macs.to(weights.device)).sum()
-        return loss + 10 * (macs / self.net.macs - self.budget).square(), shown
+        excess = macs / self.net.macs - self.budget
+        return losses[-1] + loss + 10 * excess.square(), shown | dict(macs=macs / self.net.macs)
 
     def masked(self, x, threshold):
         """Computes everything, counts what ran -> logits, macs (B,), token_macs (B, T)."""
@@ -184,15 +189,15 @@ class Model(nn.Module):
         active = torch.ones(x.shape[:2] if self.text else x.shape[:1], dtype=bool, device=x.device)
         logits = x.new_zeros(*active.shape, self.net.out.out_features)
         for layer, block in enumerate(self.net.blocks):
+            decisions.append(active)
             if not self.text and not len(x):
                 break
-            decisions.append(active)
             if self.text:
                 here = x[active] + block.mlp(block.mix(x)[active])              # (n, C)
                 x[active] = here
             else:
                 here = x = block(x)                                             # (n, T, C)
-            logits[active], sure = self.exit(layer, here)       # later exits overwrite who stays
+            logits[active], sure = self.head_after(layer, here)     # later ones overwrite who stays
             stays = sure < threshold
             active = active.masked_scatter(active, stays)
             x = x if self.text else x[stays]
@@ -215,7 +220,8 @@ def certify(lost, risk, error=0.05):
     """Learn then Test: what N independent examples lose, in [0, 1], from the safest threshold to
     the boldest, S x (N,) -> index of the boldest whose true mean is at most `risk`, or None. By
     Hoeffding a true mean exceeds the observed one by more than sqrt(ln(1 / error) / 2 N) with
-    probability at most `error`. The walk ends where it might; the answer is the one BEFORE."""
+    probability at most `error`. The walk stops at the first that could exceed `risk`; the answer is
+    the one before."""
     last = None
     for index, losses in enumerate(lost):
         if losses.mean() + math.sqrt(math.log(1 / error) / (2 * len(losses))) > risk:
@@ -235,7 +241,8 @@ def certified_threshold(model, split, risk):
     full = right(model.full)
     index = certify(((full & ~right(each)).mean(1) for each in tqdm(grid, "certify")), risk)
     if index is None:
-        tqdm.write(f"{len(full)} examples cannot certify a risk of {risk}: nothing leaves early")
+        least = math.sqrt(math.log(20) / (2 * len(full)))
+        tqdm.write(f"{len(full)} examples certify no risk below {least:.3f}: nothing leaves early")
     return float(grid[index or 0])
 
 
@@ -269,11 +276,13 @@ def main(cfg):
     leaving.bar(numbers, left)
     leaving.set(title="share that leaves at each exit", xlabel="exit", xticks=numbers)
     figure.savefig(picture, dpi=120)
-    for exit, each in enumerate(exits):
+    for number, each in zip(numbers, exits):
         means = ", ".join(f"{key} {mean:.4f}" for key, mean in summary(model, each).items())
-        say(f"exit {exit + 1}: {left[exit]:.3f} leave here; if all did: {means}")
-    wrong_now = (right[:-1].any(0) & ~right[-1]).mean()
-    say(f"overthinking: {wrong_now:.4f} are right at some early exit, but wrong at the last")
+        say(f"exit {number}: {left[number - 1]:.3f} leave here; if all did: {means}")
+    lost = right[-1] & (result["prediction"] != result["label"])
+    overthought = right[:-1].any(0) & ~right[-1]
+    say(f"right at the last exit, but wrong where they left: {lost.mean():.4f}; wrong at the last, "
+        f"but right at some exit before (overthinking): {overthought.mean():.4f}")
     say(f"wrote {log} and {picture}")
 
 
@@ -499,9 +508,10 @@ def complete(parser, argv):
     if cfg.load:
         options, _ = load(cfg.load)
         cfg = parser.parse_args(argv, argparse.Namespace(**options))
-        for key in ("size", "width", "depth", "batch", "epochs", "steps", "lr", "seed"):
-            if getattr(cfg, key) != options.get(key):
-                parser.error(f"--load takes a run as it is: leave out --{key}")
+        for key in options.keys() - {"budget", "criterion", "risk"}:        # not of the training
+            if getattr(cfg, key) != options[key]:
+                parser.error(f"--load {cfg.load}: a run stays as it is; leave out "
+                             f"--{key.replace('_', '-')}")
     cuda = torch.cuda.is_available()
     cfg.device = cfg.device or ("cuda" if cuda else "cpu")
     cfg.size = cfg.size or ("base" if cfg.device == "cuda" else "small")
@@ -540,13 +550,14 @@ def train(model, data, cfg):
             loss, shown = model.loss(x, y, step / steps)
         model.zero_grad()
         loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         rate = min(10 * (step + 1) / steps, 1, (1 - step / steps) / 0.9)
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = rate * optimizer.defaults["lr"]
             optimizer.step()
         if step % 20 == 0 or step == steps - 1:         # reading a number waits for the GPU
-            if not loss.isfinite():
-                fail(f"the loss is not finite at step {step}; try a smaller --lr")
+            if not norm.isfinite():
+                fail(f"the gradient is not finite at step {step}; try a smaller --lr")
             bar.set_postfix({key: f"{value.item():.3f}" for key, value in shown.items()})
     model.eval()
     return time.perf_counter() - began

@@ -404,9 +404,10 @@ def complete(parser, argv):
     if cfg.load:
         options, _ = load(cfg.load)
         cfg = parser.parse_args(argv, argparse.Namespace(**options))
-        for key in ("size", "width", "depth", "batch", "epochs", "steps", "lr", "seed"):
-            if getattr(cfg, key) != options.get(key):
-                parser.error(f"--load takes a run as it is: leave out --{key}")
+        for key in options.keys() - {"budget", "criterion", "risk"}:        # not of the training
+            if getattr(cfg, key) != options[key]:
+                parser.error(f"--load {cfg.load}: a run stays as it is; leave out "
+                             f"--{key.replace('_', '-')}")
     cuda = torch.cuda.is_available()
     cfg.device = cfg.device or ("cuda" if cuda else "cpu")
     cfg.size = cfg.size or ("base" if cfg.device == "cuda" else "small")
@@ -445,13 +446,14 @@ def train(model, data, cfg):
             loss, shown = model.loss(x, y, step / steps)
         model.zero_grad()
         loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         rate = min(10 * (step + 1) / steps, 1, (1 - step / steps) / 0.9)
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = rate * optimizer.defaults["lr"]
             optimizer.step()
         if step % 20 == 0 or step == steps - 1:         # reading a number waits for the GPU
-            if not loss.isfinite():
-                fail(f"the loss is not finite at step {step}; try a smaller --lr")
+            if not norm.isfinite():
+                fail(f"the gradient is not finite at step {step}; try a smaller --lr")
             bar.set_postfix({key: f"{value.item():.3f}" for key, value in shown.items()})
     model.eval()
     return time.perf_counter() - began

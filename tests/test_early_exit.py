@@ -51,9 +51,10 @@ def test_the_branching_loss_by_hand(dataset):
     f = g[..., None] * logits[0].softmax(-1) + (1 - g[..., None]) * logits[1].softmax(-1)
     task = -f.gather(-1, y[..., None]).log().mean()
     macs = (g.mean() * model.exit_macs[0] + (1 - g.mean()) * model.exit_macs[1]) / model.net.macs
-    assert loss.item() == pytest.approx((task + 10 * (macs - 0.6) ** 2).item(), rel=1e-4)
-    plain = torch.nn.functional.cross_entropy(logits[1].movedim(-1, 1), y).item()
-    assert shown["loss"].item() == pytest.approx(plain, rel=1e-5)
+    plain = torch.nn.functional.cross_entropy(logits[1].movedim(-1, 1), y)
+    assert loss.item() == pytest.approx((plain + task + 10 * (macs - 0.6) ** 2).item(), rel=1e-4)
+    assert shown["loss"].item() == pytest.approx(plain.item(), rel=1e-5)
+    assert shown["macs"].item() == pytest.approx(macs.item())
 
 
 @pytest.mark.parametrize("loss", LOSSES)
