@@ -6,12 +6,12 @@ leaves at the first head that is sure enough; for this input, the rest of the ne
     exit = the first l with certainty(head_l(x_l)) >= threshold, or the last
 
 An image leaves as a whole. In a text each character leaves on its own: its decision reads only what
-came before, and the blocks above skip its MLP. Their convolutions, few MACs, run at all positions.
-Training runs every block and every head; only an evaluation lets anything leave.
+came before, and the blocks above skip its MLP; their convolutions run at all positions. Training
+runs everything. Certainty is read off a head's probabilities, or (`--criterion gain`) learned by a
+gate before the head, which predicts the loss that the rest would save; large heads then run once.
 
-`--loss sum` adds up the heads' cross-entropies. `--loss branching` trains early heads as one soft
-mixture with learned gates g_l, whose expected MACs c_1 it brings to the budget (MACs_l: all up to
-exit l; at the last exit g = 1); the last head's own cross-entropy is added, or gates starve it:
+`--loss sum` adds up the heads' cross-entropies. `--loss branching` trains them as one soft mixture
+with gates g_l, whose expected MACs c_1 it brings to the budget (MACs_l: all up to exit l):
 
     f_l = g_l softmax(head_l) + (1 - g_l) f_(l+1),      c_l = g_l MACs_l + (1 - g_l) c_(l+1)
 
@@ -20,8 +20,8 @@ exit l; at the last exit g = 1); the last head's own cross-entropy is added, or 
     python early_exit.py --risk 0.03                         # a guarantee instead of a budget
 
 Papers: Teerapittayanon et al. 2016, BranchyNet; Huang et al. 2018, MSDNet; Scardapane et al. 2020,
-Differentiable Branching; Schuster et al. 2022, CALM; Angelopoulos et al. 2021, Learn then Test.
---risk assumes independent examples, which the windows of one text are only roughly.
+Differentiable Branching; Schuster et al. 2022, CALM; Kubaty et al. 2025 (regimes); Angelopoulos et
+al. 2021, Learn then Test. Deviation: branching adds the last head's own loss, or gates starve it.
 """
 import argparse
 import bisect
@@ -45,6 +45,7 @@ from torch import nn
 from tqdm import tqdm
 
 SCRIPT = "early_exit"
+EARLY = 0.3         # weight of an early head's loss; the last one's is 1
 
 
 def options(argv=None):
@@ -55,13 +56,14 @@ def options(argv=None):
     add("--regime", choices=["joint", "frozen", "mixed"], default="mixed",
         help="whether early heads train the blocks: always, never, or from 0.6 of the steps on")
     add("--loss", choices=["sum", "branching"], default="sum", help="how the heads are trained")
-    add("--criterion", choices=["confidence", "margin", "entropy"], default="confidence",
-        help="how sure a head is: by its best class, by the lead over the second, or by 1 - "
-             "entropy / maximum; with --loss branching the learned gate")
+    add("--criterion", choices=["confidence", "margin", "entropy", "gain"],
+        help="how sure a head is: by its best class, by the lead over the second, by 1 - entropy / "
+             "maximum, or by a learned gate (default: confidence; for a text gain)")
     add("--risk", type=float, default=0.0,
-        help="leave by a guarantee instead of the budget: the share of answers that may turn from "
-             "right to wrong (default: 0, none)")
+        help="instead of the budget, a guarantee: the share of answers that may turn from right to "
+             "wrong, if examples are independent")
     cfg = complete(parser, argv)
+    cfg.criterion = cfg.criterion or ("gain" if cfg.text else "confidence")
     if not (0 < cfg.budget <= 1 and 0 <= cfg.risk < 1 and cfg.depth > 1):
         parser.error("--budget and --risk must be between 0 and 1, --depth at least 2")
     return cfg
@@ -82,28 +84,34 @@ def certainty(logits, criterion):
 
 
 class ExitHead(nn.Module):
-    """A classifier that says how sure it is. Images (n, 64, C), whose 8 x 8 tokens are averaged to
-    4 x 4, so that the head sees where things are, or single characters (..., C) -> logits
-    (n or ..., K), certainty (n or ...)."""
+    """A classifier: x -> logits (n or ..., K). x: single characters (..., C), or images (n, 64, C),
+    whose 8 x 8 tokens are averaged to 4 x 4, so that the head sees where things are."""
 
-    def __init__(self, width, classes, image, criterion):
+    def __init__(self, width, classes, image, criterion, hidden=64):
         super().__init__()
         self.image, self.criterion = image, criterion
         features = 16 * width if image else width
         self.norm = nn.LayerNorm(width)
-        self.out = nn.Linear(features, classes)
-        self.gate = nn.Linear(features, 1) if criterion == "gate" else None
-        self.macs = features * (classes + (criterion == "gate"))
+        self.out = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+        self.macs = features * hidden + hidden * classes
+        if criterion == "gain":
+            self.gate = nn.Sequential(nn.Linear(features, 16), nn.ReLU(), nn.Linear(16, 1))
+            self.gate_macs = features * 16 + 16
+
+    def features(self, x):
+        x = self.norm(x)
+        if not self.image:
+            return x
+        return F.avg_pool2d(x.transpose(1, 2).unflatten(2, (8, 8)), 2).flatten(1)       # (n, 16 C)
 
     def forward(self, x):
-        x = self.norm(x)
-        if self.image:
-            grid = x.transpose(1, 2).unflatten(2, (8, 8))                       # (n, C, 8, 8)
-            x = F.avg_pool2d(grid, 2).flatten(1)                                # (n, 16 C)
-        logits = self.out(x)
-        if self.gate:
-            return logits, self.gate(x).float().sigmoid().squeeze(-1)
-        return logits, certainty(logits.detach(), self.criterion)
+        return self.out(self.features(x))
+
+    def sure(self, x, logits=None):
+        """How sure it is (n or ...), from 0 to 1; a gate needs no logits."""
+        if self.criterion != "gain":
+            return certainty(logits.detach(), self.criterion)
+        return self.gate(self.features(x)).float().sigmoid().squeeze(-1)
 
 
 def exit_weights(gate):
@@ -121,36 +129,35 @@ class Model(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.net, self.text, self.budget = StaticNet(cfg), cfg.text, cfg.budget
-        self.regime, criterion = cfg.regime, "gate" if cfg.loss == "branching" else cfg.criterion
+        self.regime, self.branching = cfg.regime, cfg.loss == "branching"
+        self.gated = self.branching or cfg.criterion == "gain"
+        criterion = "gain" if self.gated else cfg.criterion
         self.heads = nn.ModuleList(ExitHead(cfg.width, cfg.classes, not cfg.text, criterion)
                                    for _ in range(cfg.depth - 1))
         runs = torch.ones(cfg.depth, cfg.depth).triu()      # row: block; column: exit; 1 if it runs
         runs = runs[..., None].expand(-1, -1, cfg.tokens) if cfg.text else runs
         self.exit_macs = self.count_macs(runs)[0]                               # (L,)
 
-    def head_after(self, layer, x):
-        """The head after a block -> logits, certainty; the last one takes all that come."""
-        if layer < len(self.heads):
-            return self.heads[layer](x)
-        logits = self.net.head(x)
-        return logits, torch.full_like(logits[..., 0], math.inf)
-
     def all_exits(self, x, threshold=None, decisions=None, apart=False):
         """Everything is computed; what has left keeps its state -> logits (L, ..., K), certainty
-        (L, ...), and decisions (L, ...), 1 where a block still runs. At first all run. apart: early
-        heads learn, and do not teach the blocks."""
-        x, exits = self.net.embed(x), []
+        (L - 1, ...), and decisions (L, ...), 1 where a block still runs. At first all run. apart:
+        early heads learn, and do not teach the blocks."""
+        x, logits, certainties, runs = self.net.embed(x), [], [], []
         active = x.new_ones(x.shape[:2] if self.text else x.shape[:1])
         for layer, block in enumerate(self.net.blocks):
             active = active if decisions is None else decisions[layer]
-            runs = active[..., None] if self.text else active[:, None, None]
-            x = torch.where(runs > 0, block(x), x)
-            early = apart and layer < len(self.heads)
-            logits, sure = self.head_after(layer, x.detach() if early else x)
-            exits.append((logits, sure, active))
+            wide = active[..., None] if self.text else active[:, None, None]
+            x = torch.where(wide > 0, block(x), x)
+            runs.append(active)
+            if layer == len(self.heads):
+                logits.append(self.net.head(x))
+                break
+            head, seen = self.heads[layer], x.detach() if apart else x
+            logits.append(head(seen))
+            certainties.append(head.sure(seen if self.branching else x.detach(), logits[-1]))
             if threshold is not None:
-                active = active * (sure < threshold)
-        return [torch.stack(part) for part in zip(*exits)]
+                active = active * (certainties[-1] < threshold)
+        return torch.stack(logits), torch.stack(certainties), torch.stack(runs)
 
     def dense(self, x, threshold=None, decisions=None):
         """x -> logits of the exit where each image or character left, decisions (L, ...)."""
@@ -162,16 +169,22 @@ class Model(nn.Module):
         """What training minimises, and numbers for the progress bar."""
         apart = self.regime == "frozen" or self.regime == "mixed" and progress < 0.6
         logits, sure, _ = self.all_exits(x, apart=apart)
-        losses = torch.stack([F.cross_entropy(each.movedim(-1, 1), y) for each in logits])
+        each = torch.stack([F.cross_entropy(z.movedim(-1, 1), y, reduction="none") for z in logits])
+        losses = each.flatten(1).mean(1)                                        # (L,)
         shown = dict(loss=losses[-1], accuracy=(logits[-1].argmax(-1) == y).float().mean())
-        if not self.heads[0].gate:
-            return losses[-1] + 0.2 * losses[:-1].sum(), shown
-        weights = exit_weights(sure[:-1])                                       # (L, ...)
+        if not self.branching:
+            loss = (losses[-1] + EARLY * losses[:-1].sum()) / (1 + EARLY * len(self.heads))
+            if self.gated:
+                gain = (each[:-1] - each[-1]).detach()      # what the rest of the network saves
+                loss = loss + 0.1 * (sure.logit(1e-6) + gain).square().mean()
+            return loss, shown
+        weights = exit_weights(sure)                                            # (L, ...)
         log_p = weights.clamp_min(1e-9).log()[..., None] + logits.float().log_softmax(-1)
         loss = F.nll_loss(log_p.logsumexp(0).movedim(-1, 1), y)
         macs = (weights.flatten(1).mean(1) * self.exit_macs.to(weights.device)).sum()
-        excess = macs / self.net.macs - self.budget
-        return losses[-1] + loss + 10 * excess.square(), shown | dict(macs=macs / self.net.macs)
+        macs = macs / self.net.macs
+        loss = losses[-1] + loss + 10 * (macs - self.budget).square()
+        return loss, shown | dict(macs=macs)
 
     def masked(self, x, threshold):
         """Computes everything, counts what ran -> logits, macs (B,), token_macs (B, T)."""
@@ -187,27 +200,35 @@ class Model(nn.Module):
         """Blocks, in a text their MLPs, run only for what has not left -> logits and MACs."""
         x, decisions = self.net.embed(x), []
         active = torch.ones(x.shape[:2] if self.text else x.shape[:1], dtype=bool, device=x.device)
-        logits = x.new_zeros(*active.shape, self.net.out.out_features)
+        answer = x.new_zeros(*active.shape, self.net.out.out_features)
         for layer, block in enumerate(self.net.blocks):
             decisions.append(active)
-            if not self.text and not len(x):
-                break
             if self.text:
                 here = x[active] + block.mlp(block.mix(x)[active])              # (n, C)
                 x[active] = here
-            else:
+            elif len(x):
                 here = x = block(x)                                             # (n, T, C)
-            logits[active], sure = self.head_after(layer, here)     # later ones overwrite who stays
-            stays = sure < threshold
-            active = active.masked_scatter(active, stays)
-            x = x if self.text else x[stays]
-        return logits, *self.count_macs(decisions)
+            else:
+                break
+            if layer == len(self.heads):
+                answer[active] = self.net.head(here)
+                break
+            head = self.heads[layer]
+            logits = None if self.gated else head(here)
+            leaves = head.sure(here, logits) >= threshold                       # (n,)
+            leaving = torch.zeros_like(active).masked_scatter(active, leaves)
+            answer[leaving] = head(here[leaves]) if self.gated else logits[leaves]
+            active = active & ~leaving
+            x = x if self.text else x[~leaves]
+        return answer, *self.count_macs(decisions)
 
     def count_macs(self, decisions):
-        """Layers of (...), whether a block ran -> macs (B,), token_macs (B, T). Every head on the
-        way has run, whether it was sure or not."""
+        """Layers of (...), 1 where a block ran -> macs (B,), token_macs (B, T). All heads on the
+        way ran; or all gates, and the head where it left."""
         net, L, depth = self.net, len(self.net.blocks), sum(decisions).long()
-        heads = depth.clamp_max(L - 1) * self.heads[0].macs + (depth == L) * net.head_macs
+        head = self.heads[0]
+        passed, last = (head.gate_macs, head.macs) if self.gated else (head.macs, 0)
+        heads = depth.clamp_max(L - 1) * passed + (depth < L) * last + (depth == L) * net.head_macs
         if self.text:
             skipped = (L - depth) * 8 * net.out.in_features ** 2                # MLPs
             token_macs = L * net.block_macs - skipped + heads
@@ -217,11 +238,10 @@ class Model(nn.Module):
 
 
 def certify(lost, risk, error=0.05):
-    """Learn then Test: what N independent examples lose, in [0, 1], from the safest threshold to
-    the boldest, S x (N,) -> index of the boldest whose true mean is at most `risk`, or None. By
-    Hoeffding a true mean exceeds the observed one by more than sqrt(ln(1 / error) / 2 N) with
-    probability at most `error`. The walk stops at the first that could exceed `risk`; the answer is
-    the one before."""
+    """Learn then Test: what N examples lose, in [0, 1], from the safest threshold to the boldest,
+    S x (N,) -> the last index before the first whose true mean could exceed `risk`, or None. By
+    Hoeffding it exceeds the observed one by more than sqrt(ln(1 / error) / 2 N) with probability
+    at most `error`."""
     last = None
     for index, losses in enumerate(lost):
         if losses.mean() + math.sqrt(math.log(1 / error) / (2 * len(losses))) > risk:
@@ -269,20 +289,19 @@ def main(cfg):
     left = [(result[of] == each[of].flat[0]).mean() for each in exits]
     right = np.array([each["prediction"] == each["label"] for each in exits])
     figure, free = draw(cfg, data, model, result, sweep, random)
-    by_exit, leaving = free.subplots(1, 2)
-    numbers = range(1, cfg.depth + 1)
-    by_exit.plot(numbers, right.reshape(cfg.depth, -1).mean(1), "o-")
-    by_exit.set(title="accuracy if all leave at one exit", xlabel="exit", xticks=numbers)
-    leaving.bar(numbers, left)
-    leaving.set(title="share that leaves at each exit", xlabel="exit", xticks=numbers)
+    axis, numbers = free.subplots(), range(1, cfg.depth + 1)
+    axis.bar(numbers, left, color="lightgrey", label="share that leaves here")
+    axis.plot(numbers, right.reshape(cfg.depth, -1).mean(1), "o-", label="accuracy, if all did")
+    axis.set(xlabel="exit", xticks=numbers)
+    axis.legend()
     figure.savefig(picture, dpi=120)
     for number, each in zip(numbers, exits):
         means = ", ".join(f"{key} {mean:.4f}" for key, mean in summary(model, each).items())
         say(f"exit {number}: {left[number - 1]:.3f} leave here; if all did: {means}")
     lost = right[-1] & (result["prediction"] != result["label"])
     overthought = right[:-1].any(0) & ~right[-1]
-    say(f"right at the last exit, but wrong where they left: {lost.mean():.4f}; wrong at the last, "
-        f"but right at some exit before (overthinking): {overthought.mean():.4f}")
+    say(f"wrong where they left, right at the last exit: {lost.mean():.4f}; wrong at the last, "
+        f"right at an earlier one (overthinking): {overthought.mean():.4f}")
     say(f"wrote {log} and {picture}")
 
 

@@ -9,6 +9,7 @@ import early_exit as script
 from conftest import build, configure, inputs
 
 DATASETS = ("shapes", "pydoc")
+KINDS = (("--criterion", "margin"), ("--criterion", "gain"), ("--loss", "branching"))
 LOSSES = ("sum", "branching")
 
 
@@ -41,7 +42,7 @@ def test_exit_weights_follow_the_recursion():
 
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_the_branching_loss_by_hand(dataset):
-    """One cross-entropy on the mixture of probabilities, and the expected MACs."""
+    """One cross-entropy on the mixture of probabilities, the last head's own, and the expected MACs."""
     model, x = build(script, dataset, "tiny", "--loss", "branching", "--budget", "0.6"), inputs(dataset)
     y = torch.randint(10, (8, 64) if dataset == "pydoc" else (8,))
     with torch.no_grad():
@@ -57,29 +58,57 @@ def test_the_branching_loss_by_hand(dataset):
     assert shown["macs"].item() == pytest.approx(macs.item())
 
 
-@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dataset", DATASETS)
-def test_nobody_leaves_early_above_every_certainty(dataset, loss):
-    """The static network's answer, at its MACs and those of the early heads."""
-    model, x = build(script, dataset, "tiny", "--depth", "4", "--loss", loss), inputs(dataset, count=3)
+def test_gates_learn_what_the_rest_would_save(dataset):
+    """Their loss by hand: the squared error of the predicted saving; blocks and heads do not feel it."""
+    model, x = build(script, dataset, "tiny", "--criterion", "gain", "--regime", "joint"), inputs(dataset)
+    y = torch.randint(10, (8, 64) if dataset == "pydoc" else (8,))
+    each = [torch.nn.functional.cross_entropy(z.movedim(-1, 1), y, reduction="none")
+            for z in model.all_exits(x)[0]]
+    state = model.net.blocks[0](model.net.embed(x))
+    head = model.heads[0]
+    saving = -head.gate(head.features(state))[..., 0]
+    plain = (each[1].mean() + script.EARLY * each[0].mean()) / (1 + script.EARLY)
+    expected = plain + 0.1 * (saving - each[0] + each[1]).square().mean()
+    loss = model.loss(x, y, 0.5)[0]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    parameters = [model.net.blocks[0].mlp[0].weight, model.heads[0].out[0].weight]
+    for got, by_hand in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(plain, parameters)):
+        assert torch.allclose(got, by_hand, atol=1e-6)
+    assert script.certainty(torch.zeros(2, 10), "margin").shape == (2,)
+
+
+def prices(dataset, kind, width=32):
+    """MACs of a head, of a gate (0 where there is none), and of the last head, by hand."""
+    features, K = (width, 128) if dataset == "pydoc" else (16 * width, 10)
+    return features * 64 + 64 * K, (features * 16 + 16) * ("margin" not in kind), width * K
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=" ".join)
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_nobody_leaves_early_above_every_certainty(dataset, kind):
+    """The static network's answer, at its MACs and those of the early heads, or of the gates alone."""
+    model, x = build(script, dataset, "tiny", "--depth", "4", *kind), inputs(dataset, count=3)
     static = model.net(x)
+    head, gate, _ = prices(dataset, kind)
     for run in (model.masked, model.skipping):
         logits, macs, _ = run(x, model.full)
         assert torch.allclose(logits, static, atol=1e-4)
-        features = 32 if dataset == "pydoc" else 16 * 32
-        heads = 3 * features * (model.net.out.out_features + (loss == "branching"))
-        assert macs.tolist() == [model.net.macs + heads * (64 if dataset == "pydoc" else 1)] * 3
+        assert macs.tolist() == [model.net.macs + 3 * (gate or head) * (64 if dataset == "pydoc" else 1)] * 3
 
 
-@pytest.mark.parametrize("dataset, expected", (
-    # by hand: stem, one block, one head; on text all convolutions, one MLP, one head
-    ("shapes", 256 * 27 * 16 + 64 * (9 * 16 * 32 + 9 * 32 + 8 * 32 * 32) + 16 * 320),
-    ("pydoc", 64 * (4 * 8 * 32 + 8 * 32 * 32 + 128 * 32))))
-def test_everything_leaves_at_the_first_head(dataset, expected):
-    model, x = build(script, dataset, "tiny", "--depth", "4"), inputs(dataset, count=3)
+@pytest.mark.parametrize("kind", KINDS, ids=" ".join)
+@pytest.mark.parametrize("dataset, body", (
+    # by hand: stem and one block; on text all convolutions and one MLP
+    ("shapes", 256 * 27 * 16 + 64 * (9 * 16 * 32 + 9 * 32 + 8 * 32 * 32)),
+    ("pydoc", 64 * (4 * 8 * 32 + 8 * 32 * 32))))
+def test_everything_leaves_at_the_first_head(dataset, body, kind):
+    model, x = build(script, dataset, "tiny", "--depth", "4", *kind), inputs(dataset, count=3)
     logits, macs, _ = model.skipping(x, model.cheapest)
+    head, gate, _ = prices(dataset, kind)
+    expected = body + (head + gate) * (64 if dataset == "pydoc" else 1)
     assert macs.tolist() == [expected] * 3 == [model.exit_macs[0]] * 3
-    first, _ = model.heads[0](model.net.blocks[0](model.net.embed(x)))
+    first = model.heads[0](model.net.blocks[0](model.net.embed(x)))
     assert torch.allclose(logits, first, atol=1e-4)
 
 
@@ -89,20 +118,20 @@ def spread_exits(model, x):
     x = model.net.embed(x)
     for block, head in zip(model.net.blocks, model.heads):
         x = block(x)
-        if head.gate:
-            head.gate.bias -= torch.logit(head(x)[1]).quantile(2 / 3)
+        if model.gated:
+            head.gate[2].bias -= torch.logit(head.sure(x)).quantile(2 / 3)
             continue
         for _ in range(60):
-            factor = 1.15 if head(x)[1].quantile(2 / 3) < 0.5 else 1 / 1.1
-            head.out.weight *= factor
-            head.out.bias *= factor
+            factor = 1.15 if head.sure(x, head(x)).quantile(2 / 3) < 0.5 else 1 / 1.1
+            head.out[2].weight *= factor
+            head.out[2].bias *= factor
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("kind", KINDS, ids=" ".join)
 @pytest.mark.parametrize("dataset", DATASETS)
-def test_leaving_at_every_depth_in_one_batch(dataset, loss):
+def test_leaving_at_every_depth_in_one_batch(dataset, kind):
     """Some leave at each of four exits; each answer is that of the head it left by, at its price."""
-    model = build(script, dataset, "tiny", "--depth", "4", "--loss", loss).double()
+    model = build(script, dataset, "tiny", "--depth", "4", *kind).double()
     x = inputs(dataset, count=64)
     x = x.double() if x.is_floating_point() else x
     spread_exits(model, x)
@@ -113,15 +142,28 @@ def test_leaving_at_every_depth_in_one_batch(dataset, loss):
     logits, macs, token_macs = model.skipping(x, 0.5)
     assert torch.allclose(logits, masked, atol=1e-9)
     exits, sure, _ = model.all_exits(x, 0.5)
-    assert ((sure[:-1] >= 0.5).int().argmax(0)[depth < 4] == depth[depth < 4] - 1).all()
+    assert ((sure >= 0.5).int().argmax(0)[depth < 4] == depth[depth < 4] - 1).all()
     if dataset == "shapes":                                             # images: exits of the plain pass
         chosen = model.all_exits(x)[0][depth - 1, torch.arange(64)]
         assert torch.allclose(logits, chosen, atol=1e-9)
         assert macs.tolist() == [model.exit_macs[d - 1] for d in depth]
     else:
+        head, gate, last = prices(dataset, kind)
+        way = {1: head, 2: 2 * head, 3: 3 * head, 4: 3 * head + last}
+        if gate:
+            way = {1: gate + head, 2: 2 * gate + head, 3: 3 * gate + head, 4: 3 * gate + last}
+        body = 4 * 8 * 32 + depth * 8 * 32 * 32
         assert (token_macs.sum(1) == macs).all()
-        assert (token_macs - token_macs.min() == (depth - 1) * (8 * 32 * 32) + (depth - 1).clamp_max(2)
-                * model.heads[0].macs + (depth == 4) * model.net.head_macs).all()
+        assert (token_macs - body == depth.clone().apply_(way.get)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=" ".join)
+def test_nobody_at_all(kind):
+    """An empty batch has no answers, and costs nothing."""
+    model = build(script, "shapes", "tiny", "--depth", "4", *kind)
+    for run in (model.masked, model.skipping):
+        logits, macs, token_macs = run(torch.zeros(0, 3, 32, 32), 0.5)
+        assert logits.shape == (0, 10) and macs.shape == (0,) and token_macs.shape == (0, 64)
 
 
 def test_leaving_together_is_an_exit_of_its_own():
@@ -140,27 +182,27 @@ def test_a_head_sees_where_things_are():
     swapped, moved = x.clone(), x.clone()
     swapped[:, 2, 4], swapped[:, 3, 5] = x[:, 3, 5], x[:, 2, 4]
     moved[:, 2, 4], moved[:, 2, 6] = x[:, 2, 6], x[:, 2, 4]
-    logits, same, other = (head(each.flatten(1, 2))[0] for each in (x, swapped, moved))
-    assert torch.allclose(logits, same, atol=1e-6) and not torch.allclose(logits, other, atol=1e-3)
-    by_hand = head.norm(x).unflatten(1, (4, 2)).unflatten(3, (4, 2)).mean((2, 4))   # (5, 4, 4, 32)
-    weight = head.out.weight.unflatten(1, (32, 4, 4))
-    assert torch.allclose(logits, torch.einsum("nrcw,kwrc->nk", by_hand, weight) + head.out.bias, atol=1e-5)
+    logits, same, other = (head(each.flatten(1, 2)) for each in (x, swapped, moved))
+    assert torch.allclose(logits, same, atol=1e-6) and not torch.allclose(logits, other, atol=1e-4)
+    by_hand = head.norm(x).unflatten(1, (4, 2)).unflatten(3, (4, 2)).mean((2, 4))       # (5, 4, 4, 32)
+    assert torch.allclose(head.features(x.flatten(1, 2)), by_hand.permute(0, 3, 1, 2).flatten(1), atol=1e-6)
 
 
 @pytest.mark.parametrize("regime, progress, teach", (
     ("joint", 0.0, True), ("mixed", 0.59, False), ("mixed", 0.6, True), ("frozen", 0.99, False)))
-@pytest.mark.parametrize("loss", LOSSES)
-def test_who_trains_the_blocks(regime, progress, teach, loss):
+@pytest.mark.parametrize("kind", KINDS, ids=" ".join)
+def test_who_trains_the_blocks(regime, progress, teach, kind):
     """Apart, blocks get the gradient of the last head alone, and the early heads learn all the same."""
-    model = build(script, "shapes", "tiny", "--regime", regime, "--loss", loss)
+    model = build(script, "shapes", "tiny", "--regime", regime, *kind)
     x, y = inputs("shapes"), torch.randint(10, (8,))
     model.loss(x, y, progress)[0].backward()
     got = model.net.blocks[0].mlp[0].weight.grad.clone()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.heads.parameters())
-    if loss == "sum":
+    if "branching" not in kind:                 # which weighs the last head's answers with early gates
         model.zero_grad()
         torch.nn.functional.cross_entropy(model.net(x), y).backward()
-        assert torch.allclose(got, model.net.blocks[0].mlp[0].weight.grad, atol=1e-6) != teach
+        alone = model.net.blocks[0].mlp[0].weight.grad / (1 + script.EARLY)
+        assert torch.allclose(got, alone, atol=1e-6) != teach
 
 
 def test_all_heads_train():
