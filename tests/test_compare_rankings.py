@@ -41,7 +41,7 @@ def simulate(folder, methods=FIVE, seeds=range(3), N=1500, shared=0.5, own=0.3, 
             share = np.argsort(np.argsort(z)) / (N - 1) - 0.5
             share = np.zeros(N) if method in constant else share
             macs = [(DENSE * (b + (b < 1) * 0.4 * share)).astype(np.int64) for b in SWEEP]
-            loss = np.exp(latent + 0.5 * rng.standard_normal(N))
+            loss = np.exp(latent + np.sqrt(same_seed) * effects[seed] + 0.5 * rng.standard_normal(N))
             right = loss < np.quantile(loss, 0.7)
             each = np.tile(loss[:, None], T) if text else loss
             arrays = dict(label=label, prediction=label, loss=each, macs=macs[0], sweep_macs=macs,
@@ -281,6 +281,9 @@ def test_the_report_says_what_is_so(shared, own, word, run, tmp_path):
     for name in pictures:
         assert (folder / name).read_bytes()[:4] == b"\x89PNG" and (folder / name).stat().st_size > 20000
     assert "No pictures of images" in report
+    right = [np.load(tmp_path / f"relu_sparsity-s{seed}.npz")["sweep_correct"][-1] for seed in range(3)]
+    some = sum(0 < sum(r[i] for r in right) < 3 for i in range(1500))
+    assert f"{some:,} images are neither trivial nor impossible" in report
 
 
 def test_trivial_and_impossible_images_are_left_out(tmp_path):
@@ -350,7 +353,7 @@ def test_people_and_known_difficulty_are_columns(run, tmp_path, monkeypatch):
         known.append(arrays["macs"].astype(np.float32))
         arrays["difficulty"] = known[0]
 
-    simulate(tmp_path, FIVE[:2], range(2), change=know)
+    simulate(tmp_path, FIVE[:2], range(2), change=know, shared=0.3, own=0.2, same_seed=0.4)
     with np.load(tmp_path / "early_exit-s0.npz") as log:
         label = log["label"]
     counts = np.eye(10, dtype=np.int64)[label] * 30 + np.random.default_rng(0).integers(9, size=(1500, 10))
@@ -361,6 +364,7 @@ def test_people_and_known_difficulty_are_columns(run, tmp_path, monkeypatch):
     row = re.findall(r"^\| relu_sparsity \| [\d,]+ \| (.*) \|$", printed, re.M)[-1].split(" | ")
     macs, loss = ([np.load(tmp_path / f"relu_sparsity-s{s}.npz")[key] for s in (0, 1)] for key in ("macs", "loss"))
     assert float(row[1]) == pytest.approx(np.mean([script.spearman(m, known[0]) for m in macs]), abs=0.006)
+    assert abs(script.spearman(macs[0], loss[0]) - script.spearman(macs[0], loss[1])) > 0.02
     other = [script.spearman(macs[0], loss[1]), script.spearman(macs[1], loss[0])]      # of the other seed only
     assert float(row[3]) == pytest.approx(np.mean(other), abs=0.006)
 
