@@ -53,17 +53,19 @@ def options(argv=None):
     parser = shared_options(__doc__)
     add = parser.add_argument
     add("--budget", type=float, default=0.5, help="mean MACs, as a share of the static network's")
-    add("--regime", choices=["joint", "frozen", "mixed"], default="mixed",
-        help="whether early heads train the blocks: always, never, or from 0.6 of the steps on")
+    add("--regime", choices=["joint", "frozen", "mixed"],
+        help="whether early heads train the blocks: always, never, or from 0.6 of the steps on "
+             "(default: mixed; for a text joint)")
     add("--loss", choices=["sum", "branching"], default="sum", help="how the heads are trained")
     add("--criterion", choices=["confidence", "margin", "entropy", "gain"],
         help="how sure a head is: by its best class, by the lead over the second, by 1 - entropy / "
-             "maximum, or by a learned gate (default: confidence; for a text gain)")
+             "maximum, or by a learned gate (default: margin; for a text gain)")
     add("--risk", type=float, default=0.0,
         help="instead of the budget, a guarantee: the share of answers that may turn from right to "
              "wrong, if examples are independent")
     cfg = complete(parser, argv)
-    cfg.criterion = cfg.criterion or ("gain" if cfg.text else "confidence")
+    cfg.regime = cfg.regime or ("joint" if cfg.text else "mixed")
+    cfg.criterion = cfg.criterion or ("gain" if cfg.text else "margin")
     if not (0 < cfg.budget <= 1 and 0 <= cfg.risk < 1 and cfg.depth > 1):
         parser.error("--budget and --risk must be between 0 and 1, --depth at least 2")
     return cfg
