@@ -7,6 +7,7 @@ import torch
 
 import early_exit as script
 from conftest import build, configure, inputs
+from test_contract import executed_macs
 
 DATASETS = ("shapes", "pydoc")
 KINDS = (("--criterion", "margin"), ("--criterion", "gain"), ("--loss", "branching"))
@@ -141,6 +142,9 @@ def test_leaving_at_every_depth_in_one_batch(dataset, kind):
     assert (decisions[1:] <= decisions[:-1]).all()                      # who left is gone
     logits, macs, token_macs = model.skipping(x, 0.5)
     assert torch.allclose(logits, masked, atol=1e-9)
+    with torch.no_grad():
+        for i in range(4):                                              # the MACs are those that torch sees
+            assert executed_macs(model.skipping, x[i:i + 1], 0.5)[0] == macs[i]
     exits, sure, _ = model.all_exits(x, 0.5)
     assert ((sure >= 0.5).int().argmax(0)[depth < 4] == depth[depth < 4] - 1).all()
     if dataset == "shapes":                                             # images: exits of the plain pass
