@@ -51,8 +51,12 @@ def tables():
                   f"{', '.join(threads)} thread, torch {', '.join(torch)}. A row is "
                   f"`python3 relu_sparsity.py --dataset {metas[0]['dataset']} --size {metas[0]['size']}`, "
                   "with the `--width`, `--depth` and `--name` of the row and the seeds listed.", "",
-                  *static_table(logs), *(paying_table(logs) if any(log.kind == "method" for log in logs) else []),
-                  "Zeros of the networks above, at full width and depth:", "",
+                  *static_table(logs)]
+        if any(log.kind == "method" for log in logs):
+            lines += ["Methods, `python3 METHOD.py` with the same options, all others as they are by default; "
+                      "MACs, where they are calibrated to 0.35, 0.5, 0.6, 0.7 and 0.85 of the static network's:",
+                      "", *paying_table(logs)]
+        lines += ["Zeros of the networks above, at full width and depth:", "",
                   *zeros_table([log for log in logs if log.meta["name"] == STATIC])]
     if lines[-1:] == [""] and len(lines) == 4:
         lines.append("There are no logs yet.")
