@@ -364,8 +364,8 @@ def spread(values, digits=2):
 
 
 def markdown(header, rows):
-    """Strings -> the lines of a Markdown table, and an empty one."""
-    return ["| " + " | ".join(header) + " |", "|" + "---|" * len(header),
+    """Strings -> the lines of a Markdown table, and an empty one; nothing without rows."""
+    return [] if not rows else ["| " + " | ".join(header) + " |", "|" + "---|" * len(header),
             *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
