@@ -2,7 +2,6 @@
 
     python tests/benchmark.py                       # skipping, in time and in MACs
     python tests/benchmark.py --table training      # examples/s and memory of training
-    python tests/benchmark.py --table mlps          # the MLPs' share of the MACs, and of the time
 
 Models are untrained; their threshold is about in the middle of its range, in MACs, on random input.
 Medians of runs by turns in one process (memory: a process for each); machines are noisy, so read the
@@ -94,34 +93,10 @@ def training(size):
                       f"{memory[name]:,}", f"{memory[name] / memory['relu_sparsity']:.2f}")
 
 
-@torch.no_grad()
-def mlps(size):
-    """The MLPs' share of the static network's MACs, and of its time in batches of 256: the forward pass
-    with and without them. Who saves MACs in MLPs alone cannot save more than that share of the time."""
-    print_row("data", "of the MACs", "of the time")
-    print_row(*["---"] * 3)
-    for dataset in DATASETS:
-        net, x = build(STATIC, dataset, size).net, inputs(dataset, size, 256)
-
-        def without():
-            tokens = net.embed(x)
-            for block in net.blocks:
-                tokens = tokens + block.mix(tokens)
-            return net.head(tokens)
-
-        def whole():
-            return net(x)
-
-        seconds = median_seconds(dict(whole=whole, without=without))
-        C = net.out.in_features
-        macs = len(net.blocks) * net.position.shape[0] * 8 * C * C / net.macs
-        print_row(dataset, f"{macs:.3f}", f"{1 - seconds['without'] / seconds['whole']:.3f}")
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = dict(skipping=skipping, training=training, mlps=mlps)
+    tables = dict(skipping=skipping, training=training)
     parser.add_argument("--table", choices=tables, default="skipping", help="default: skipping")
     parser.add_argument("--size", default="small", choices=("tiny", "small", "base"), help="default: small")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)

@@ -80,8 +80,6 @@ def few_samples(monkeypatch):
     monkeypatch.setattr(script.Figure, "savefig", lambda *args, **options: None)
 
 
-# --- Values -------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("x, y, rho", (
     ([1, 2, 3, 4, 5], [1, 3, 2, 5, 4], 0.8),
     ([1, 2, 2, 3, 3, 3, 4, 4], [2, 1, 3, 3, 4, 4, 4, 5], 33.75 / np.sqrt(39 * 39.5)),
@@ -187,8 +185,6 @@ def test_people():
     assert abs(script.split_half(guess)) < 0.1                             # all images alike
 
 
-# --- Does it pay? -------------------------------------------------------------------------------------------
-
 def static(name, share, quality, width=32, depth=8, seed=0, text=False):
     return SimpleNamespace(name=name, kind="full" if name == FIVE[0] else "smaller", size=(width, depth),
                            meta=dict(static_macs=share * DENSE), quality=np.array([quality]), text=text, seed=seed)
@@ -246,8 +242,6 @@ def test_the_report_says_what_pays(run, tmp_path, monkeypatch):
     status, printed, errors = run(tmp_path)
     assert status == 0 and "| depth_1 |" in printed and "agree" not in printed, errors
 
-
-# --- Logs whose truth is known ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("shared, own, same_seed", ((0.5, 0.3, 0.0), (0.0, 0.6, 0.3), (0.4, 0.2, 0.3)))
 def test_the_true_agreement_is_recovered(shared, own, same_seed, tmp_path):
@@ -376,8 +370,6 @@ def test_words_and_numbers():
     assert script.spread([np.nan, 1]) == "unknown"
 
 
-# --- Refusals -----------------------------------------------------------------------------------------------
-
 def change_of(what):
     """A change to the second of two logs."""
     def change(arrays, meta, count):
@@ -393,8 +385,7 @@ def change_of(what):
             "no sweep": lambda: arrays.update({key: np.zeros((0, 1500)) for key in (
                 "sweep_macs", "sweep_loss", "sweep_correct")}),
             "NaN": lambda: arrays.update(loss=arrays["loss"] * np.nan),
-            "words": lambda: arrays.update(loss=arrays["loss"].astype(str)),
-            "twice": lambda: meta.update(name=FIVE[0], path="twice")}
+            "words": lambda: arrays.update(loss=arrays["loss"].astype(str))}
         changes[what]()
     return change
 
@@ -468,8 +459,6 @@ def test_help_explains_every_option(run):
     for option in re.findall(r'add\("--(\w+)"', (ROOT / "compare_rankings.py").read_text()):
         assert re.search(rf"--{option}( |\n)[^-]*[a-z]{{3}}", printed), option
 
-
-# --- Training what is missing -------------------------------------------------------------------------------
 
 def test_train_from_nothing_and_resume(run, tmp_path, monkeypatch):
     """What is missing, and no more; a run that fails does not stop the others. (Two methods, for time.)"""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import early_exit as script
+import results
 from conftest import build, configure, inputs
 from test_contract import executed_macs
 
@@ -269,3 +270,12 @@ def test_the_control_leaves_as_often_but_not_the_sure_ones():
     own, dealt = script.evaluate(model.masked, split, 0.5), script.evaluate_random(model, split, 0.5)
     assert sorted(own["macs"]) == sorted(dealt["macs"])
     assert (own["macs"] != dealt["macs"]).mean() > 0.3 and len(np.unique(own["macs"])) >= 3
+
+
+def test_the_bound_by_hand():
+    """Three exits, four inputs: they leave at 0, 1, 2 and, as none is right, at the last."""
+    exits = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 0]], dtype=bool)
+    accuracy, leaves = results.first_right(exits, exits)
+    assert accuracy == 0.75 and leaves.tolist() == [0, 1, 2, 2]
+    other = torch.tensor([[0, 1, 1, 1], [1, 0, 1, 1], [0, 0, 0, 1]], dtype=bool)
+    assert results.first_right(other, exits)[0] == 0.25
