@@ -61,8 +61,7 @@ def options(argv=None):
         help="how sure a head is: by its best class, by the lead over the second, by 1 - entropy / "
              "maximum, or by a learned gate (default: margin; for a text gain)")
     add("--risk", type=float, default=0.0,
-        help="instead of the budget, a guarantee: the share of answers that may turn from right to "
-             "wrong, if examples are independent")
+        help="instead of the budget, a guarantee: the share of right answers that may turn wrong")
     cfg = complete(parser, argv)
     cfg.regime = cfg.regime or ("joint" if cfg.text else "mixed")
     cfg.criterion = cfg.criterion or ("gain" if cfg.text else "margin")
@@ -94,8 +93,10 @@ class ExitHead(nn.Module):
         self.image, self.criterion = image, criterion
         features = 16 * width if image else width
         self.norm = nn.LayerNorm(width)
-        self.out = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, classes))
-        self.macs = features * hidden + hidden * classes
+        shape = [features, hidden, classes] if image else [features, classes]
+        layers = [nn.Linear(a, b) for a, b in zip(shape, shape[1:])]
+        self.out = nn.Sequential(layers[0], nn.ReLU(), layers[1]) if image else layers[0]
+        self.macs = sum(layer.weight.numel() for layer in layers)
         if criterion == "gain":
             self.gate = nn.Sequential(nn.Linear(features, 16), nn.ReLU(), nn.Linear(16, 1))
             self.gate_macs = features * 16 + 16

@@ -50,9 +50,10 @@ def tables():
     for folder in sorted({path.parent for path in KEPT.glob("*/*.npz")}):
         logs = gather([folder])
         metas = [log.meta for log in logs]
-        threads, torch, device = ({str(meta[key]) for meta in metas} for key in ("threads", "torch", "device"))
-        lines += [f"## {folder.name}", "", f"{DATA[metas[0]['dataset']]}; {', '.join(device)}, "
-                  f"{', '.join(threads)} thread, torch {', '.join(torch)}. A row is "
+        threads, versions, device = (sorted({str(meta[key]) for meta in metas})
+                                     for key in ("threads", "torch", "device"))
+        lines += [f"## {folder.name}", "", f"{DATA[metas[0]['dataset']]}; {'; '.join(device)}, "
+                  f"{', '.join(threads)} thread, torch {', '.join(versions)}. A row is "
                   f"`python3 relu_sparsity.py --dataset {metas[0]['dataset']} --size {metas[0]['size']}`, "
                   "with the `--width`, `--depth` and `--name` of the row and the seeds listed.", "",
                   *static_table(logs)]

@@ -74,7 +74,7 @@ def test_gates_learn_what_the_rest_would_save(dataset):
     expected = plain + 0.1 * (saving - each[0] + each[1]).square().mean()
     loss = model.loss(x, y, 0.5)[0]
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    parameters = [model.net.blocks[0].mlp[0].weight, model.heads[0].out[0].weight]
+    parameters = [model.net.blocks[0].mlp[0].weight, *model.heads[0].out.parameters()]
     for got, by_hand in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(plain, parameters)):
         assert torch.allclose(got, by_hand, atol=1e-6)
     assert script.certainty(torch.zeros(2, 10), "margin").shape == (2,)
@@ -83,7 +83,8 @@ def test_gates_learn_what_the_rest_would_save(dataset):
 def prices(dataset, kind, width=32):
     """MACs of a head, of a gate (0 where there is none), and of the last head, by hand."""
     features, K = (width, 128) if dataset == "pydoc" else (16 * width, 10)
-    return features * 64 + 64 * K, (features * 16 + 16) * ("margin" not in kind), width * K
+    head = width * K if dataset == "pydoc" else features * 64 + 64 * K
+    return head, (features * 16 + 16) * ("margin" not in kind), width * K
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=" ".join)
@@ -125,8 +126,9 @@ def spread_exits(model, x):
             continue
         for _ in range(60):
             factor = 1.15 if head.sure(x, head(x)).quantile(2 / 3) < 0.5 else 1 / 1.1
-            head.out[2].weight *= factor
-            head.out[2].bias *= factor
+            last = head.out[2] if head.image else head.out
+            last.weight *= factor
+            last.bias *= factor
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=" ".join)
