@@ -54,8 +54,7 @@ def options(argv=None):
     add = parser.add_argument
     add("--budget", type=float, default=0.5, help="mean MACs, as a share of the static network's")
     add("--regime", choices=["joint", "frozen", "mixed"],
-        help="whether early heads train the blocks: always, never, or from 0.6 of the steps on "
-             "(default: mixed; for a text joint)")
+        help="early heads train the blocks: always, never, late (default: mixed; for a text joint)")
     add("--loss", choices=["sum", "branching"], default="sum", help="how the heads are trained")
     add("--criterion", choices=["confidence", "margin", "entropy", "gain"],
         help="how sure a head is: by its best class, by the lead over the second, by 1 - entropy / "
@@ -170,7 +169,7 @@ class Model(nn.Module):
 
     def loss(self, x, y, progress):
         """What training minimises, and numbers for the progress bar."""
-        apart = self.regime == "frozen" or self.regime == "mixed" and progress < 0.6
+        apart = self.regime == "frozen" or self.regime == "mixed" and progress < 0.6    # late
         logits, sure, _ = self.all_exits(x, apart=apart)
         each = torch.stack([F.cross_entropy(z.movedim(-1, 1), y, reduction="none") for z in logits])
         losses = each.flatten(1).mean(1)                                        # (L,)
