@@ -28,7 +28,6 @@ import argparse
 import bisect
 import functools
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -226,7 +225,6 @@ def expert_use(model, split, threshold, kind):
 
 
 def main(cfg):
-    say(f"{cfg.dataset}, size {cfg.size}: {cfg.depth} blocks, width {cfg.width}, on {cfg.device}")
     log, picture = output_paths(cfg)
     torch.manual_seed(cfg.seed)
     data, model = load_data(cfg), Model(cfg).to(cfg.device)
@@ -239,7 +237,7 @@ def main(cfg):
         sweep[budget] = evaluate(model.skipping, data["test"], each)
         random.append(summary(model, evaluate_random(model, data["test"], each)))
     clock = wall_clock(cfg, model, data["test"][0], threshold)
-    save(log, cfg, data, model, seconds, result, sweep, wall_clock=clock, random=random)
+    means = save(log, cfg, data, model, seconds, result, sweep, wall_clock=clock, random=random)
 
     x, y = (part.cpu().numpy() for part in data["test"])
     kind = x.flatten() if cfg.text else y.repeat(cfg.tokens)        # a character read, or a class
@@ -255,9 +253,10 @@ def main(cfg):
               yticks=range(cfg.depth))
     kinds.set(title="how often it runs, by class or character", xlabel="expert of each layer")
     figure.savefig(picture, dpi=120)
-    say("perplexity of the load by layer:", *(f"{math.exp(each):.1f}" for each in entropy))
-    say(f"dead experts: {(load_of == 0).sum()} of {load_of.size}")
-    say(f"wrote {log} and {picture}")
+    print(*means, sep="\n")
+    print("perplexity of the load by layer:", *(f"{math.exp(each):.1f}" for each in entropy))
+    print(f"dead experts: {(load_of == 0).sum()} of {load_of.size}")
+    print(f"wrote {log} and {picture}")
 
 
 # Below: identical in all five scripts; read it once.
@@ -274,14 +273,14 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(C)
         self.conv = nn.Conv2d(C, C, (k, 1) if cfg.text else k, groups=C)
         self.grid = (-1, 1) if cfg.text else (8, 8)
-        self.padding = (0, 0, k - 1, 0) if cfg.text else (k // 2,) * 4      # a text: the past only
+        self.padding = (0, 0, k - 1, 0) if cfg.text else (k // 2,) * 4    # a text: the past only
         self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.ReLU(), nn.Linear(4 * C, C))
         self.drop = nn.Dropout(cfg.dropout)
 
     def mix(self, x):
         """x (B, T, C) -> the input of the MLP (B, T, C)."""
         h = self.norm(x)
-        grid = h.unflatten(1, self.grid).permute(0, 3, 1, 2)                # (B, C, rows, columns)
+        grid = h.unflatten(1, self.grid).permute(0, 3, 1, 2)    # (B, C, rows, columns)
         return h + self.conv(F.pad(grid, self.padding)).permute(0, 2, 3, 1).flatten(1, 2)
 
     def forward(self, x):
@@ -289,8 +288,7 @@ class Block(nn.Module):
 
 
 class StaticNet(nn.Module):
-    """Images (B, 3, 32, 32): a stem makes 8 x 8 tokens of each; logits (B, K). Text (B, T): every
-    character is a token; logits (B, T, K) for the one after it."""
+    """Images (B, 3, 32, 32) -> 8 x 8 tokens -> logits (B, K); text (B, T) -> logits (B, T, K)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -302,11 +300,11 @@ class StaticNet(nn.Module):
         self.blocks = nn.Sequential(*(Block(cfg) for _ in range(cfg.depth)))
         self.norm = nn.LayerNorm(C)
         self.out = nn.Linear(C, cfg.classes)
-        if cfg.text:                            # one matrix reads characters and predicts them
+        if cfg.text:    # one matrix reads characters and predicts them
             self.out.weight = self.stem.weight
             nn.init.normal_(self.stem.weight, std=0.02)
         self.head_macs = C * cfg.classes
-        self.block_macs = self.blocks[0].conv.weight.numel() + 8 * C * C                # of a token
+        self.block_macs = self.blocks[0].conv.weight.numel() + 8 * C * C    # of a token
         self.token_macs = cfg.depth * self.block_macs + (self.head_macs if cfg.text else 0)
         stem_macs = 16 * 16 * 9 * 3 * S + 8 * 8 * 9 * S * C
         self.example_macs = 0 if cfg.text else stem_macs + self.head_macs   # not those of tokens
@@ -335,37 +333,33 @@ SHAKESPEARE = ("tinyshakespeare.txt", "https://raw.githubusercontent.com/karpath
 
 
 def download(folder, name, url, sha256):
-    """The bytes of a published file, fetched unless the folder has it, checked every time."""
+    """The path of a published file, fetched unless the folder has it, checked every time."""
     path = Path(folder, name)
-    if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), sha256)      # the whole file, or none
-        except Exception as error:
-            fail(f"download of {url} failed ({error}); put the file at {path} by hand, or take "
-                 "embedded data: --dataset shapes (images) or pydoc (text)")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            torch.hub.download_url_to_file(url, str(path), sha256)    # the whole file, or none
+    except Exception as error:
+        raise OSError(f"{url}: {error}; put it at {path} by hand, or take --dataset shapes, pydoc")
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        fail(f"{path} is not the published file (truncated or altered); delete it and run again")
-    return path.read_bytes()
+        raise OSError(f"{path} is not the published file; delete it and run again")
+    return path
 
 
 def read_cifar10(folder):
     """Images (60000, 3, 32, 32) and labels (60000,), the test split last; unpacks the archive."""
     unpacked = Path(folder, "cifar-10-batches-bin")
     if not unpacked.exists():
-        archive = io.BytesIO(download(folder, *CIFAR10))
-        tarfile.open(fileobj=archive).extractall(folder, filter="data")
-    names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
-    raw = b"".join((unpacked / name).read_bytes() for name in names if (unpacked / name).exists())
+        tarfile.open(download(folder, *CIFAR10)).extractall(folder, filter="data")
+    raw = b"".join(path.read_bytes() for path in sorted(unpacked.glob("*.bin")))
     if len(raw) != 60000 * 3073 or max(raw[::3073]) > 9:
-        fail(f"{unpacked} is incomplete or altered; delete it and run again")
+        raise OSError(f"{unpacked} is incomplete or altered; delete it and run again")
     records = np.frombuffer(raw, np.uint8).reshape(60000, 3073)
     return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
 
 
 def draw_shapes(count):
-    """Flowers with 0, 2, 3, 4 or 5 lobes, full or hollow -> images (count, 3, 32, 32), labels, and
-    a difficulty in [0, 1], which fades the flower and adds noise."""
+    """Flowers with 0, 2, 3, 4 or 5 lobes, full or hollow; difficulty fades them, and adds noise."""
     rng = np.random.default_rng(0)
     labels, difficulty = rng.integers(10, size=count, dtype=np.uint8), rng.random(count) ** 1.5
     images = np.empty((count, 3, 32, 32), np.uint8)
@@ -383,7 +377,7 @@ def draw_shapes(count):
 
 def load_data(cfg):
     """{"train", "calibration", "test": (x, y)}, bytes on the device: images (N, 3, 32, 32), (N,) or
-    windows (N, T) and the same, one character later; "difficulty" of test where it is known."""
+    windows (N, T) and the same, one character later; "difficulty" where it is known."""
     data = {}
     if cfg.dataset == "cifar10":
         x, y = read_cifar10(cfg.data)
@@ -393,20 +387,15 @@ def load_data(cfg):
         ends = (10000, 11000)
         data["difficulty"] = difficulty[11000:]
     elif cfg.dataset == "shakespeare":
-        raw = download(cfg.data, *SHAKESPEARE)
-    else:                                                   # Python's manual comes along with it
-        try:
-            from pydoc_data.topics import topics
-        except ImportError:
-            fail("this Python comes without its manual, pydoc_data; take another --dataset")
+        raw = download(cfg.data, *SHAKESPEARE).read_bytes()
+    else:    # Python's manual comes along with it
+        from pydoc_data.topics import topics
         raw = "".join(topics[key] for key in sorted(topics)).encode("ascii", "replace")
     if cfg.text:
         text = torch.tensor(np.frombuffer(raw, np.uint8), device=cfg.device)
-        if len(text) < 25 * cfg.tokens:                     # the smallest split has a twentieth
-            fail(f"{cfg.dataset}: {len(text)} characters are too few, {25 * cfg.tokens} needed")
         parts = text.tensor_split([int(0.95 * 0.9 * len(text)), int(0.9 * len(text))])
-        windows = [part.unfold(0, cfg.tokens + 1, step)     # windows of train begin anywhere
-                   for part, step in zip(parts, (1, cfg.tokens, cfg.tokens))]
+        strides = (1, cfg.tokens, cfg.tokens)    # windows of train begin anywhere
+        windows = [part.unfold(0, cfg.tokens + 1, step) for part, step in zip(parts, strides)]
         splits = [(window[:, :-1], window[:, 1:]) for window in windows]
     else:
         x, y = torch.tensor(x, device=cfg.device), torch.tensor(y, device=cfg.device)
@@ -431,12 +420,12 @@ def training_batches(data, cfg):
         for index in places[torch.randperm(len(places), **random)].split(cfg.batch):
             batch, B = network_input(x[index]), len(index)
             if not cfg.text:
-                padded = F.pad(batch, (4, 4, 4, 4), "reflect")              # (B, 3, 40, 40)
-                crops = padded.unfold(2, 32, 1).unfold(3, 32, 1)            # (B, 3, 9, 9, 32, 32)
+                padded = F.pad(batch, (4, 4, 4, 4), "reflect")
+                crops = padded.unfold(2, 32, 1).unfold(3, 32, 1)    # (B, 3, 9, 9, 32, 32)
                 row, column = torch.randint(9, (2, B), **random)
                 batch = crops[torch.arange(B), :, row, column]
                 flip = (index + epoch) % 2 == 0
-                batch = torch.where(flip[:, None, None, None], batch.flip(3), batch)
+                batch[flip] = batch[flip].flip(3)
             yield batch, y[index].long()
 # === end shared ===
 
@@ -453,10 +442,10 @@ SIZES = {   # for images, and for text
 
 def shared_options(doc):
     """A parser that knows the options of all scripts."""
-    parser = argparse.ArgumentParser(prog=f"{SCRIPT}.py", usage="%(prog)s [options]",
-                                     description=doc,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(f"{SCRIPT}.py", "%(prog)s [options]", doc, formatter_class=raw)
     add = parser.add_argument_group("options of all scripts").add_argument
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     add("--dataset", choices=["cifar10", "shakespeare", "shapes", "pydoc"], default="cifar10",
         help="the last two need no download (default: cifar10)")
     add("--size", choices=list(SIZES), help="of the network (default: base on CUDA, else small)")
@@ -467,7 +456,7 @@ def shared_options(doc):
     add("--steps", type=int, help="training steps, instead of --epochs")
     add("--lr", type=float, default=0.02, help="peak learning rate of Muon; AdamW has a fifth")
     add("--seed", type=int, default=0, help="of weights, batches and noise (default: 0)")
-    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    add("--device", choices=devices, default=devices[-1], help="default: cuda where there is one")
     add("--bf16", action=argparse.BooleanOptionalAction, help="train in bfloat16 (default: CUDA)")
     add("--data", default="data", help="folder of the data sets, filled by downloads")
     add("--out", default=".", help="folder that gets logs/ and figures/")
@@ -482,12 +471,9 @@ def complete(parser, argv):
     if cfg.load:
         options, _ = load(cfg.load)
         cfg = parser.parse_args(argv, argparse.Namespace(**options))
-        for key in options.keys() - {"budget", "criterion", "risk"}:        # not of the training
+        for key in options.keys() - {"budget", "criterion", "risk"}:    # not of the training
             if getattr(cfg, key) != options[key]:
-                parser.error(f"--load {cfg.load}: a run stays as it is; leave out "
-                             f"--{key.replace('_', '-')}")
-    cuda = torch.cuda.is_available()
-    cfg.device = cfg.device or ("cuda" if cuda else "cpu")
+                parser.error(f"--load {cfg.load}: leave out --{key.replace('_', '-')}")
     cfg.size = cfg.size or ("base" if cfg.device == "cuda" else "small")
     cfg.bf16 = cfg.device == "cuda" if cfg.bf16 is None else cfg.bf16
     cfg.text = cfg.dataset in ("shakespeare", "pydoc")
@@ -499,8 +485,6 @@ def complete(parser, argv):
         value, least = getattr(cfg, key), -1 if key == "seed" else 0
         if value is not None and not least < value < 1e6:
             parser.error(f"--{key} {value} must be above {least} and below a million")
-    if cfg.device == "cuda" and not cuda:
-        parser.error("--device cuda: torch finds no CUDA here")
     return cfg
 # === end shared ===
 
@@ -511,14 +495,14 @@ def train(model, data, cfg):
     the steps, then fall linearly to 0. -> seconds."""
     matrices = [p for p in model.net.blocks.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
-    decay = 0.1 if cfg.text else 0.0            # a text is short, and read many times
+    decay = 0.1 if cfg.text else 0.0    # a text is short, and read many times
     optimizers = [torch.optim.Muon(matrices, cfg.lr, weight_decay=decay, adjust_lr_fn="original"),
                   torch.optim.AdamW(others, cfg.lr / 5, betas=(0.9, 0.99), weight_decay=0.0)]
-    examples = len(data["train"][0]) / (cfg.tokens if cfg.text else 1)      # windows overlap
+    examples = len(data["train"][0]) / (cfg.tokens if cfg.text else 1)    # windows overlap
     steps = cfg.steps or math.ceil(cfg.epochs * examples / cfg.batch)
     model.train()
     began = time.perf_counter()
-    bar = tqdm(zip(range(steps), training_batches(data, cfg)), cfg.name, steps)
+    bar = tqdm(zip(range(steps), training_batches(data, cfg)), f"{cfg.name}, {cfg.size}", steps)
     for step, (x, y) in bar:
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
             loss, shown = model.loss(x, y, step / steps)
@@ -529,9 +513,9 @@ def train(model, data, cfg):
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = rate * optimizer.defaults["lr"]
             optimizer.step()
-        if step % 20 == 0 or step == steps - 1:         # reading a number waits for the GPU
+        if step % 20 == 0 or step == steps - 1:    # reading a number waits for the GPU
             if not norm.isfinite():
-                fail(f"the gradient is not finite at step {step}; try a smaller --lr")
+                raise FloatingPointError(f"gradient not finite at step {step}; try a smaller --lr")
             bar.set_postfix({key: f"{value.item():.3f}" for key, value in shown.items()})
     model.eval()
     return time.perf_counter() - began
@@ -539,7 +523,7 @@ def train(model, data, cfg):
 
 
 # === shared: evaluation ===
-BUDGETS = (0.35, 0.5, 0.6, 0.7, 0.85)       # mean MACs, as shares of the static network's
+BUDGETS = (0.35, 0.5, 0.6, 0.7, 0.85)    # mean MACs, as shares of the static network's
 
 
 @torch.no_grad()
@@ -568,7 +552,7 @@ def evaluate_random(model, split, threshold):
     of a batch; rates and MACs stay the same."""
     def run(x, threshold):
         _, decisions = model.dense(x, threshold)
-        rows = decisions[0].shape[:2]               # (B,), or (B, T); all layers alike
+        rows = decisions[0].shape[:2]    # (B,), or (B, T); all layers alike
         order = torch.randperm(math.prod(rows), generator=torch.Generator().manual_seed(0))
         decisions = [(d != 0).long().flatten(0, len(rows) - 1)[order].view_as(d) for d in decisions]
         return model.dense(x, decisions=decisions)[0], *model.count_macs(decisions)
@@ -577,64 +561,51 @@ def evaluate_random(model, split, threshold):
 
 
 def calibrate(model, split, budget=1.0):
-    """-> the threshold at which a split takes the budget, or as near as can be; and the same for
-    BUDGETS, without those out of reach, the full model last: {budget: threshold}."""
+    """The threshold nearest to a budget; {budget: threshold} for BUDGETS in reach, full last."""
+    ends = np.arcsinh([model.cheapest, model.full])    # about even steps, growing if ends are far
+    grid = np.sinh(np.linspace(*ends, 2 ** 14 + 1)).tolist()
+
     @functools.cache
     def spent(threshold):
-        few = [part[:2000] for part in split]       # enough to estimate a mean
+        few = [part[:2000] for part in split]    # enough to estimate a mean
         return summary(model, evaluate(model.masked, few, threshold))["budget"]
 
-    ends = np.arcsinh([model.cheapest, model.full])     # about even steps, growing if ends are far
-    grid = np.sinh(np.linspace(*ends, 2 ** 14 + 1)).tolist()                # spends more and more
-    least, most, found = spent(grid[0]), spent(grid[-1]), []
+    def nearest(wanted):
+        i = bisect.bisect_left(grid, wanted, 1, len(grid) - 1, key=spent)
+        return grid[i] if spent(grid[i]) - wanted < wanted - spent(grid[i - 1]) else grid[i - 1]
+
+    least, most = spent(grid[0]), spent(grid[-1])
+    reached = [each for each in BUDGETS if least <= each <= most]
     if budget < least:
-        tqdm.write(f"a budget of {budget} is out of reach; {least:.3f} is the least")
-    wanted = [budget, *(each for each in BUDGETS if least <= each <= most)]
-    for each in tqdm(wanted, "calibrate"):
-        i = bisect.bisect_left(grid, each, key=spent)
-        found.append(min(grid[max(i - 1, 0):i + 1], key=lambda t: abs(spent(t) - each)))
-    return found[0], dict(zip(wanted[1:], found[1:])) | {most: model.full}
+        tqdm.write(f"a budget of {budget} is out of reach; {least:.3f} is the least", sys.stderr)
+    found = {each: nearest(each) for each in tqdm(reached, "calibrate")}
+    return nearest(budget), found | {most: model.full}
 
 
 @torch.no_grad()
 def wall_clock(cfg, model, x, threshold):
     """Median milliseconds of the static network and of `skipping`, batches of 1 and of 256."""
     seconds, static = {}, StaticNet(cfg).to(cfg.device).eval()
-    for batch in (1, 256):
-        for i in range(23):
-            inputs = network_input(x[torch.arange(i * batch, (i + 1) * batch) % len(x)])
-            for name in ("static", "skipping"):
-                inputs.sum().item()                                         # waits for a GPU
-                began = time.perf_counter()
-                y = static(inputs) if name == "static" else model.skipping(inputs, threshold)[0]
-                y.sum().item()
-                key = f"{name}_ms_batch_{batch}"
-                seconds.setdefault(key, []).append(time.perf_counter() - began)
+    for batch, i in itertools.product((1, 256), range(23)):
+        inputs = network_input(x[torch.arange(i * batch, (i + 1) * batch) % len(x)])
+        for name in ("static", "skipping"):
+            inputs.sum().item()    # waits for a GPU
+            began = time.perf_counter()
+            y = static(inputs) if name == "static" else model.skipping(inputs, threshold)[0]
+            y.sum().item()
+            each = seconds.setdefault(f"{name}_ms_batch_{batch}", [])
+            each.append(time.perf_counter() - began)
     return {key: 1000 * float(np.median(each[3:])) for key, each in seconds.items()}
 # === end shared ===
 
 
 # === shared: log and picture ===
-def fail(message):
-    """End the program with one line and exit status 2."""
-    tqdm.write(f"{SCRIPT}.py: {message}", sys.stderr)       # on a line of its own
-    raise SystemExit(2)
-
-
-def say(*words):
-    """Print a line, if anybody reads on: `| head -1` must not cost a result."""
-    try:
-        print(*words, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def output_paths(cfg):
     """The paths of the log and the picture of a run, in folders that are made."""
     run = f"{cfg.dataset}-{cfg.size}/{cfg.name}-s{cfg.seed}"
     log, picture = Path(cfg.out, f"logs/{run}.npz"), Path(cfg.out, f"figures/{run}.png")
-    if cfg.load and Path(cfg.load).resolve() == log.with_suffix(".pt").resolve():
-        fail("--load must not overwrite the run that it loads: choose another --name")
+    if cfg.load and log.exists():
+        raise FileExistsError(f"--load would overwrite {log}: choose another --name")
     log.parent.mkdir(parents=True, exist_ok=True)
     picture.parent.mkdir(parents=True, exist_ok=True)
     return log, picture
@@ -648,80 +619,82 @@ def load(path, model=None):
             model.load_state_dict(run["state_dict"])
             model.eval()
         return run["options"], run["seconds"]
-    except Exception as error:                              # the file can be anything
-        fail(f"--load {path}: {type(error).__name__}, {' '.join(str(error).split())[:200]}")
+    except Exception as error:    # the file can be anything
+        said = " ".join(str(error).split())[:200]
+        raise OSError(f"--load {path}: {type(error).__name__}, {said}")
 
 
 def save(log, cfg, data, model, seconds, result, sweep, **extra):
-    """Write the weights and the log of a run (README: The log), and print the means."""
+    """Write the weights and the log of a run (README: The log) -> lines to print."""
     of_this_machine = ("data", "out", "load", "name", "device", "bf16")
     options = {key: value for key, value in vars(cfg).items() if key not in of_this_machine}
     runs, N = list(sweep.values()), len(result["macs"])
     test = b"".join(part.cpu().numpy().tobytes() for part in data["test"])
+    cuda = torch.cuda.get_device_name() if cfg.device == "cuda" else None
     meta = dict(
         schema=2, name=cfg.name, script=SCRIPT, dataset=cfg.dataset, size=cfg.size, seed=cfg.seed,
         options=options, test_sha256=hashlib.sha256(test).hexdigest(), static_macs=model.net.macs,
         at_budget=summary(model, result), full=summary(model, runs[-1]), seconds=seconds,
         threshold=result["threshold"], threads=torch.get_num_threads(), torch=torch.__version__,
-        device=torch.cuda.get_device_name() if cfg.device == "cuda" else
-        f"CPU, {torch.backends.cpu.get_cpu_capability()}",
-        date=time.strftime("%Y-%m-%d"), **extra)
+        device=cuda or f"CPU, {torch.backends.cpu.get_cpu_capability()}", **extra)
+    kept = ("label", "prediction", "macs", "token_macs" if cfg.text else "difficulty")
+    arrays = {key: array for key, array in (result | data).items() if key in kept}
     loss = [run["loss"].reshape(N, -1).mean(1) for run in runs]
     correct = [(run["prediction"] == run["label"]).reshape(N, -1).mean(1) for run in runs]
-    arrays = {key: data[key] for key in ("difficulty",) if key in data}
-    for key in ("label", "prediction", "macs", "token_macs")[:4 if cfg.text else 3]:
-        arrays[key] = result[key]
-    part = log.with_suffix(".part")                         # half a log never looks like a log
+    part = log.with_suffix(".part")    # half a log never looks like a log
     with open(part, "wb") as file:
         np.savez_compressed(
             file, **arrays, loss=result["loss"].astype(np.float16), meta=json.dumps(meta),
             sweep_budget=list(sweep), sweep_threshold=[run["threshold"] for run in runs],
             sweep_macs=[run["macs"] for run in runs], sweep_loss=np.array(loss, np.float16),
             sweep_correct=np.array(correct, np.float16))
-    torch.save(dict(options=options, state_dict=model.state_dict(), seconds=seconds),
-               log.with_suffix(".pt"))
+    weights = dict(options=options, state_dict=model.state_dict(), seconds=seconds)
+    torch.save(weights, log.with_suffix(".pt"))
     part.replace(log)
+    lines = []
     for key in ("full", "at_budget", "wall_clock"):
-        say(f"{key}:", ", ".join(f"{name} {value:.4g}" for name, value in meta[key].items()))
+        means = ", ".join(f"{name} {value:.4g}" for name, value in meta[key].items())
+        lines.append(f"{key}: {means}")
+    return lines
 
 
 def draw(cfg, data, model, result, sweep, random=()):
-    """Quality against MACs, the random control beside it; the cheapest and the dearest examples,
-    the MACs of their tokens laid over them -> figure, and a subfigure for the mechanism."""
+    """Quality against MACs; the cheapest examples, below the dearest -> figure, free part of it."""
     figure = Figure(figsize=(14, 8), layout="constrained")
     top, bottom = figure.subfigures(2, 1)
     left, free = top.subfigures(1, 2, width_ratios=(1, 3))
     axis, quality = left.subplots(), "loss" if cfg.text else "accuracy"
-    means = [summary(model, run) for run in sweep.values()]
-    for label, points in ((cfg.name, means), ("at random", random)):
+    curves = {cfg.name: [summary(model, run) for run in sweep.values()], "at random": random}
+    for label, points in curves.items():
         if points:
             axis.plot(*zip(*((p["budget"], p[quality]) for p in points)), "o-", label=label)
     axis.set(xlabel="MACs, share of the static network's", ylabel=quality)
     axis.legend()
-    tokens, order, count = result["token_macs"], result["macs"].argsort(), 2 if cfg.text else 8
-    axes = bottom.subplots(2, count)
-    for axis, i in zip(axes.flat, [*order[:count], *order[-count:]]):
+    tokens, order, columns = result["token_macs"], result["macs"].argsort(), cfg.tokens // 8
+    for axis, i in zip(bottom.subplots(2, 4).flat, [*order[:4], *order[-4:]]):
         x = data["test"][0][i].cpu().numpy()
         for t, code in enumerate(x if cfg.text else []):
-            axis.text(t % 16, t // 16, chr(code), ha="center", va="center", fontsize=7)
+            axis.text(t % columns, t // columns, chr(code), ha="center", va="center", fontsize=7)
         if not cfg.text:
             axis.imshow(x.transpose(1, 2, 0), extent=(-0.5, 7.5, 7.5, -0.5))
-        image = axis.imshow(tokens[i].reshape(-1, 16 if cfg.text else 8), alpha=0.5, aspect="auto",
-                            vmin=tokens.min(), vmax=tokens.max())
+        axis.imshow(tokens[i].reshape(8, -1), alpha=0.5, vmin=tokens.min(), vmax=tokens.max())
         axis.set_title(f"{result['macs'][i] / model.net.macs:.3f} of the MACs", fontsize=8)
         axis.axis("off")
-    bottom.colorbar(image, ax=axes, label="MACs of a token")
     return figure, free
 
 
 def run_script():
-    """main(options()), where a problem with a file, or Ctrl-C, ends in one line."""
-    torch.backends.cudnn.allow_tf32 = False     # evaluation is float32, on a GPU as well
+    """main(options()), where what a user can cause ends in one line and exit status 2."""
+    torch.backends.cudnn.allow_tf32 = False    # evaluation is float32, on a GPU as well
     sys.stdout.reconfigure(errors="replace")    # printing a path of any name never fails
     try:
         main(options())
-    except (OSError, KeyboardInterrupt) as error:
-        fail(str(error) or "stopped")
+        sys.stdout.flush()
+    except BrokenPipeError:    # `| head -1`; all files are written by then
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ImportError, FloatingPointError, KeyboardInterrupt) as error:
+        tqdm.write(f"{SCRIPT}.py: {str(error) or 'stopped'}", sys.stderr)
+        raise SystemExit(2)
 # === end shared ===
 
 

@@ -33,7 +33,7 @@ def test_budgets_are_met_or_left_out(center, width, monkeypatch, capsys):
     own, found = script.calibrate(model, SPLIT, 0.55)
     assert own == found[0.55]
     assert script.calibrate(model, SPLIT, 0.3)[0] == model.cheapest
-    assert "0.3 is out of reach; 0.400 is the least" in capsys.readouterr().out
+    assert "0.3 is out of reach; 0.400 is the least" in capsys.readouterr().err
     assert script.calibrate(model, SPLIT)[0] == pytest.approx(center + width, abs=0.01)
     assert list(found) == [0.42, 0.55, 0.7, 0.95, 1.0] and found[1.0] == model.full
     for budget, threshold in list(found.items())[:-1]:

@@ -68,16 +68,14 @@ def test_gates_learn_what_the_rest_would_save(dataset):
     each = [torch.nn.functional.cross_entropy(z.movedim(-1, 1), y, reduction="none")
             for z in model.all_exits(x)[0]]
     state = model.net.blocks[0](model.net.embed(x))
-    head = model.heads[0]
-    saving = -head.gate(head.features(state))[..., 0]
-    plain = (each[1].mean() + script.EARLY * each[0].mean()) / (1 + script.EARLY)
+    saving, weight = -model.gates[0](state)[..., 0], script.EARLY[dataset == "pydoc"]
+    plain = (each[1].mean() + weight * each[0].mean()) / (1 + weight)
     expected = plain + 0.1 * (saving - each[0] + each[1]).square().mean()
     loss = model.loss(x, y, 0.5)[0]
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    parameters = [model.net.blocks[0].mlp[0].weight, *model.heads[0].out.parameters()]
+    parameters = [model.net.blocks[0].mlp[0].weight, *model.heads.parameters(), model.net.out.weight]
     for got, by_hand in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(plain, parameters)):
         assert torch.allclose(got, by_hand, atol=1e-6)
-    assert script.certainty(torch.zeros(2, 10), "margin").shape == (2,)
 
 
 def prices(dataset, kind, width=32):
@@ -111,22 +109,23 @@ def test_everything_leaves_at_the_first_head(dataset, body, kind):
     head, gate, _ = prices(dataset, kind)
     expected = body + (head + gate) * (64 if dataset == "pydoc" else 1)
     assert macs.tolist() == [expected] * 3 == [model.exit_macs[0]] * 3
-    first = model.heads[0](model.net.blocks[0](model.net.embed(x)))
+    first = (model.net.head if dataset == "pydoc" else model.heads[0])(model.net.blocks[0](model.net.embed(x)))
     assert torch.allclose(logits, first, atol=1e-4)
 
 
 @torch.no_grad()
 def spread_exits(model, x):
-    """Scale each early head, or shift its gate, until a third of what it sees is surer than 1/2."""
+    """Shift each gate, or scale each early head, until a third of what it sees is surer than 1/2; the
+    one head of a text is scaled, and its blocks make each character's state larger or smaller."""
     x = model.net.embed(x)
-    for block, head in zip(model.net.blocks, model.heads):
+    for layer, block in enumerate(model.net.blocks[:-1]):
         x = block(x)
-        if model.gated:
-            head.gate[2].bias -= torch.logit(head.sure(x)).quantile(2 / 3)
+        if model.gates:
+            model.gates[layer].out[2].bias -= torch.logit(model.sure(layer, x)).quantile(2 / 3)
             continue
-        for _ in range(60):
-            factor = 1.15 if head.sure(x, head(x)).quantile(2 / 3) < 0.5 else 1 / 1.1
-            last = head.out[2] if head.image else head.out
+        last = model.heads[layer].out[2] if model.heads else model.net.out
+        for _ in range(60 if model.heads or layer == 0 else 0):
+            factor = 1.15 if model.sure(layer, x, model.answer(layer, x)).quantile(2 / 3) < 0.5 else 1 / 1.1
             last.weight *= factor
             last.bias *= factor
 
@@ -184,7 +183,7 @@ def test_leaving_together_is_an_exit_of_its_own():
 def test_a_head_sees_where_things_are():
     """It averages 2 x 2 neighbours: moving tokens inside a square changes nothing, between squares it
     changes the answer."""
-    head = script.ExitHead(32, 10, True, "confidence")
+    head = script.Readout(32, 64, 10, True)
     x = torch.randn(5, 8, 8, 32)
     swapped, moved = x.clone(), x.clone()
     swapped[:, 2, 4], swapped[:, 3, 5] = x[:, 3, 5], x[:, 2, 4]
@@ -192,7 +191,7 @@ def test_a_head_sees_where_things_are():
     logits, same, other = (head(each.flatten(1, 2)) for each in (x, swapped, moved))
     assert torch.allclose(logits, same, atol=1e-6) and not torch.allclose(logits, other, atol=1e-4)
     by_hand = head.norm(x).unflatten(1, (4, 2)).unflatten(3, (4, 2)).mean((2, 4))       # (5, 4, 4, 32)
-    assert torch.allclose(head.features(x.flatten(1, 2)), by_hand.permute(0, 3, 1, 2).flatten(1), atol=1e-6)
+    assert torch.allclose(logits, head.out(by_hand.permute(0, 3, 1, 2).flatten(1)), atol=1e-6)
 
 
 @pytest.mark.parametrize("regime, progress, teach", (
@@ -204,11 +203,11 @@ def test_who_trains_the_blocks(regime, progress, teach, kind):
     x, y = inputs("shapes"), torch.randint(10, (8,))
     model.loss(x, y, progress)[0].backward()
     got = model.net.blocks[0].mlp[0].weight.grad.clone()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.heads.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in (*model.heads.parameters(), *model.gates.parameters()))
     if "branching" not in kind:                 # which weighs the last head's answers with early gates
         model.zero_grad()
         torch.nn.functional.cross_entropy(model.net(x), y).backward()
-        alone = model.net.blocks[0].mlp[0].weight.grad / (1 + script.EARLY)
+        alone = model.net.blocks[0].mlp[0].weight.grad / (1 + script.EARLY[0])
         assert torch.allclose(got, alone, atol=1e-6) != teach
 
 

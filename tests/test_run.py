@@ -93,21 +93,23 @@ def test_the_picture_is_there(finished):
 
 
 def test_a_loaded_run_is_the_run(finished, run, shorten):
-    """Another name, the options of the first, no training: the same log. It never overwrites."""
+    """Another name, the options of the first, no training: the same log. It overwrites nothing."""
     name, dataset, folder, _ = finished
     shorten(scripts[name], 300)
     weights = f"logs/{dataset}-tiny/{name}-s7.pt"
     before = (folder / weights).read_bytes()
-    status, _, errors = run(name, "--load", weights, cwd=folder)
-    assert status == 2 and "another --name" in errors and (folder / weights).read_bytes() == before
-    status, _, errors = run(name, "--load", weights, "--name", "again", cwd=folder)
-    assert status == 0 and "it/s" not in errors.split("calibrate")[0]       # nothing was trained
-    first, again = (read(folder / f"logs/{dataset}-tiny/{n}-s7.npz") for n in (name, "again"))
+    for other in ("again", name, "again"):
+        status, _, errors = run(name, "--load", weights, "--name", other, cwd=folder)
+        if other == "again" and status == 0:
+            assert "it/s" not in errors.split("calibrate")[0]               # nothing was trained
+            first, again = (read(folder / f"logs/{dataset}-tiny/{n}-s7.npz") for n in (name, other))
+        else:
+            assert status == 2 and "another --name" in errors
+    assert (folder / weights).read_bytes() == before
     for key in set(first) - {"meta"}:
         assert np.array_equal(first[key], again[key]), key
-    for path in (folder / "logs").rglob("again*"):
+    for path in folder.rglob("again*"):
         path.unlink()
-    next((folder / "figures").rglob("again*")).unlink()
 
 
 def test_what_cannot_be_loaded_is_one_line(finished, run, tmp_path):
@@ -179,13 +181,13 @@ ERRORS = [
     (["--epochs", "nan"], "--epochs nan must"),
     (["--width", "0"], "--width 0 must"),
     (["--seed", "99999999999999999999"], "below a million"),
-    (["--device", "cuda"], "no CUDA"),
+    (["--device", "cuda"], "invalid choice: 'cuda'"),
     (["--dataset", "shakespeare", "--data", "empty"], "--dataset shapes"),
     (["--dataset", "shakespeare", "--data", "broken"], "not the published file"),
     (["--dataset", "cifar10", "--data", "broken"], "incomplete or altered"),
     (["--data", "broken/tinyshakespeare.txt"], "tinyshakespeare.txt"),
     (["--dataset", "pydoc", "--out", "broken/tinyshakespeare.txt"], "tinyshakespeare.txt"),
-    (["--dataset", "pydoc", "--steps", "60", "--lr", "1e5"], "not finite at step"),
+    (["--dataset", "pydoc", "--steps", "60", "--lr", "1e5"], "gradient not finite at step"),
     (["--dataset", "pydoc"], "logs"),               # where a file stands in the place of the folder
 ]
 
@@ -214,8 +216,8 @@ def test_a_reader_that_leaves_costs_nothing(tmp_path):
     for unbuffered in ("", "1"):
         folder = tmp_path / f"日本{unbuffered}"
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "early_exit.py"), "--dataset", "pydoc", *OPTIONS, "--steps", "2",
-             "--risk", "0.3", "--out", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, str(ROOT / "relu_sparsity.py"), "--dataset", "pydoc", *OPTIONS, "--steps", "2",
+             "--out", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUNBUFFERED": unbuffered})
         if unbuffered:
             process.stdout.close()
@@ -227,14 +229,11 @@ def test_a_reader_that_leaves_costs_nothing(tmp_path):
         assert len([p for p in folder.rglob("*") if p.is_file()]) == 3
 
 
-@pytest.mark.parametrize("topics, message", (
-    (None, "without its manual"), ({"a": "b"}, "pydoc: 1 characters are too few, 1600 needed")))
-def test_a_text_that_is_missing_or_too_short(topics, message, run, tmp_path, monkeypatch):
+def test_a_text_that_is_missing(run, tmp_path, monkeypatch):
     """Some builds of Python leave their manual out."""
-    module = None if topics is None else types.SimpleNamespace(topics=topics)
-    monkeypatch.setitem(sys.modules, "pydoc_data.topics", module)
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     status, printed, errors = run(NAMES[0], "--dataset", "pydoc", "--size", "tiny", cwd=tmp_path)
-    assert status == 2 and message in errors and "Traceback" not in errors
+    assert status == 2 and "pydoc_data" in errors.splitlines()[-1] and "Traceback" not in errors
     topics = {"a": 1600 * "b"}                          # as many as are needed are enough
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", types.SimpleNamespace(topics=topics))
     data = load_all(configure(scripts[NAMES[0]], "pydoc"))
