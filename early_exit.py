@@ -44,7 +44,7 @@ from torch import nn
 from tqdm import tqdm
 
 SCRIPT = "early_exit"
-EARLY = (0.3, 0.1)      # weight of an early exit's loss, images and text; the last one's is 1
+EARLY = (0.3, 0.1)      # weight of an early head's loss, images and text; the last one's is 1
 
 
 def options(argv=None):
@@ -83,15 +83,17 @@ def certainty(logits, criterion):
 
 
 class Readout(nn.Module):
-    """LayerNorm and one hidden layer, for a head or a gate: characters (..., C) -> (..., out); or
+    """LayerNorm and a small network, for a head or a gate: characters (..., C) -> (..., out); or
     images (n, 64, C) -> (n, out), 8 x 8 tokens averaged to 4 x 4: it sees where things are."""
 
-    def __init__(self, width, hidden, out, image):
+    def __init__(self, width, sizes, image):
         super().__init__()
-        features = 16 * width if image else width
         self.image, self.norm = image, nn.LayerNorm(width)
-        self.out = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, out))
-        self.macs = features * hidden + hidden * out
+        sizes, layers = [16 * width if image else width, *sizes], []
+        for a, b in zip(sizes, sizes[1:]):
+            layers += [nn.ReLU(), nn.Linear(a, b)]
+        self.out = nn.Sequential(*layers[1:])
+        self.macs = sum(a * b for a, b in zip(sizes, sizes[1:]))
 
     def forward(self, x):
         x = self.norm(x)
@@ -117,12 +119,12 @@ class Model(nn.Module):
         self.net, self.text, self.budget = StaticNet(cfg), cfg.text, cfg.budget
         self.regime, self.criterion = cfg.regime, cfg.criterion
         self.branching = cfg.loss == "branching"
-        early, C = cfg.depth - 1, cfg.width
-        self.heads, self.gates = nn.ModuleList(), nn.ModuleList()
-        if not cfg.text:            # characters leave by the head of the network itself
-            self.heads.extend(Readout(C, 64, cfg.classes, True) for _ in range(early))
+        early, image = range(cfg.depth - 1), not cfg.text
+        sizes = [cfg.classes] if cfg.text else [64, cfg.classes]
+        self.heads = nn.ModuleList(Readout(cfg.width, sizes, image) for _ in early)
+        self.gates = nn.ModuleList()
         if self.branching or cfg.criterion == "gain":
-            self.gates.extend(Readout(C, 16, 1, not cfg.text) for _ in range(early))
+            self.gates.extend(Readout(cfg.width, [16, 1], image) for _ in early)
         runs = torch.ones(cfg.depth, cfg.depth).triu()      # row: block; column: exit; 1 if it runs
         runs = runs[..., None].expand(-1, -1, cfg.tokens) if cfg.text else runs
         self.exit_macs = self.count_macs(runs)[0]                               # (L,)
@@ -225,7 +227,7 @@ class Model(nn.Module):
         """Layers of (...), 1 where a block ran -> macs (B,), token_macs (B, T). All heads on the
         way ran; or all gates, and the head where it left."""
         net, L, depth = self.net, len(self.net.blocks), sum(decisions).long()
-        head = self.heads[0].macs if self.heads else net.head_macs
+        head = self.heads[0].macs
         passed, last = (self.gates[0].macs, head) if self.gates else (head, 0)
         heads = depth.clamp_max(L - 1) * passed + (depth < L) * last + (depth == L) * net.head_macs
         if self.text:

@@ -73,7 +73,7 @@ def test_gates_learn_what_the_rest_would_save(dataset):
     expected = plain + 0.1 * (saving - each[0] + each[1]).square().mean()
     loss = model.loss(x, y, 0.5)[0]
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    parameters = [model.net.blocks[0].mlp[0].weight, *model.heads.parameters(), model.net.out.weight]
+    parameters = [model.net.blocks[0].mlp[0].weight, *model.heads.parameters()]
     for got, by_hand in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(plain, parameters)):
         assert torch.allclose(got, by_hand, atol=1e-6)
 
@@ -109,22 +109,21 @@ def test_everything_leaves_at_the_first_head(dataset, body, kind):
     head, gate, _ = prices(dataset, kind)
     expected = body + (head + gate) * (64 if dataset == "pydoc" else 1)
     assert macs.tolist() == [expected] * 3 == [model.exit_macs[0]] * 3
-    first = (model.net.head if dataset == "pydoc" else model.heads[0])(model.net.blocks[0](model.net.embed(x)))
+    first = model.heads[0](model.net.blocks[0](model.net.embed(x)))
     assert torch.allclose(logits, first, atol=1e-4)
 
 
 @torch.no_grad()
 def spread_exits(model, x):
-    """Shift each gate, or scale each early head, until a third of what it sees is surer than 1/2; the
-    one head of a text is scaled, and its blocks make each character's state larger or smaller."""
+    """Scale each early head, or shift its gate, until a third of what it sees is surer than 1/2."""
     x = model.net.embed(x)
     for layer, block in enumerate(model.net.blocks[:-1]):
         x = block(x)
         if model.gates:
             model.gates[layer].out[2].bias -= torch.logit(model.sure(layer, x)).quantile(2 / 3)
             continue
-        last = model.heads[layer].out[2] if model.heads else model.net.out
-        for _ in range(60 if model.heads or layer == 0 else 0):
+        last = model.heads[layer].out[-1]
+        for _ in range(60):
             factor = 1.15 if model.sure(layer, x, model.answer(layer, x)).quantile(2 / 3) < 0.5 else 1 / 1.1
             last.weight *= factor
             last.bias *= factor
@@ -183,7 +182,7 @@ def test_leaving_together_is_an_exit_of_its_own():
 def test_a_head_sees_where_things_are():
     """It averages 2 x 2 neighbours: moving tokens inside a square changes nothing, between squares it
     changes the answer."""
-    head = script.Readout(32, 64, 10, True)
+    head = script.Readout(32, [64, 10], True)
     x = torch.randn(5, 8, 8, 32)
     swapped, moved = x.clone(), x.clone()
     swapped[:, 2, 4], swapped[:, 3, 5] = x[:, 3, 5], x[:, 2, 4]
