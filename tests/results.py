@@ -17,10 +17,26 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import early_exit   # noqa: E402
-from compare_rankings import STATIC, by_method, gather, markdown, paying_table, spread, static_table   # noqa: E402
+from compare_rankings import STATIC, by_method, gather, markdown, number, paying_table, spread   # noqa: E402
 
 KEPT = ROOT / ".github/results"
 DATA = dict(cifar10="JPEG copy of CIFAR-10", shakespeare="TinyShakespeare")
+
+
+def static_table(logs):
+    """Static networks of all widths and depths, trained alike: what MACs buy."""
+    networks = by_method([log for log in logs if log.kind != "method"])
+    macs = {name: runs[0].static_macs for name, runs in networks.items()}
+    rows = []
+    for name in sorted(macs, key=macs.get, reverse=True):
+        runs = networks[name]
+        rows.append([name, str(runs[0].options["width"]), str(runs[0].options["depth"]),
+                     f"{macs[name] / 1e6:.2f} M", number(macs[name] / macs[STATIC]),
+                     spread([log.meta["seconds"] / 60 for log in runs], 1),
+                     ", ".join(str(log.seed) for log in runs),
+                     spread([log.quality[-1] for log in runs], 4)])
+    return markdown(["static network", "width", "depth", "MACs", "share", "minutes of training",
+                     "seeds", f"test {'loss' if logs[0].text else 'accuracy'}"], rows)
 
 
 def zeros_table(logs):
