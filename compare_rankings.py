@@ -305,7 +305,8 @@ def headline(methods, found):
     rho = [found[kind][pair] for pair in known or pairs]
     names = [methods[i] for i in sorted(set(itertools.chain(*(known or pairs))))]
     return (f"the rankings by compute of {', '.join(names[:-1])} and {names[-1]} "
-            f"{word(np.mean(rho), 1)}: mean {kind} rho {spread(rho)}, {len(rho)} of {len(pairs)} pairs")
+            f"{word(np.mean(rho), 1)}: mean {kind} rho {spread(rho)}, "
+            f"{len(rho)} of {len(pairs)} pairs")
 
 
 def pair_table(rankings, found):
@@ -347,7 +348,7 @@ def canvas(title, width, height, rows=1, columns=1):
 def draw_agreement(rankings, found):
     methods = list(by_method(rankings))
     A = len(methods)
-    figure, [[axis]] = canvas("rho (above: disattenuated), reliability", 4 + A, 3 + 0.8 * A)
+    figure, [[axis]] = canvas("rho; above, disattenuated", 4 + A, 3 + 0.8 * A)
     shown = np.where(np.tri(A, dtype=bool), found["raw"], found["disattenuated"])
     axis.imshow(shown, cmap="RdBu_r", vmin=-1, vmax=1, alpha=0.75)
     for (i, j), rho in np.ndenumerate(shown):
@@ -365,10 +366,9 @@ def draw_quality(logs):
             label = name if log is runs[0] else None
             axis.plot(log.spent, log.quality, f"C{i % 10}o-", ms=3, label=label)
             axis.plot(log.spent, log.random, f"C{i % 10}--")
-    shares = np.linspace(0.2, 1, 100)
-    for log in [log for log in logs if log.kind == "full"][:1]:
-        static = [frontier(logs, share * log.static_macs) for share in shares]
-        axis.plot(shares, static, "k", lw=2, label="static networks")
+    for macs in {log.static_macs for log in logs if log.kind == "full"}:
+        static = [frontier(logs, share * macs) for share in np.linspace(0.2, 1, 100)]
+        axis.plot(np.linspace(0.2, 1, 100), static, "k", lw=2, label="static networks")
     axis.set(xlabel="mean MACs, share of the static network's",
              ylabel="test loss, nats per character" if logs[0].text else "test accuracy")
     axis.legend()
@@ -442,12 +442,12 @@ def draw_time(logs):
 def test_images(log, folder):
     """The test images of a log, uint8 (N, 3, 32, 32), or None where they are not at hand: nothing
     is downloaded, the static network's script reads or draws them."""
-    dataset = log.meta["dataset"]
+    dataset = log.same[0]
     if log.text or dataset == "cifar10" and not Path(folder, "cifar-10-batches-bin").exists():
         return None
     script = importlib.import_module(STATIC)
-    cfg = script.options(["--dataset", dataset, "--data", folder, "--size=tiny", "--device=cpu"])
-    images, label = script.load_data(cfg)["test"]
+    flags = [f"--dataset={dataset}", f"--data={folder}", "--size=tiny", "--device=cpu"]
+    images, label = script.load_data(script.options(flags))["test"]
     return images.numpy() if np.array_equal(label, log.label) else None
 
 
@@ -483,8 +483,8 @@ def telling_tables(logs):
     telling = np.ones(len(logs[0].macs), bool)
     if len(right) > 1:                          # one network alone is right or wrong everywhere
         telling = (right.min(0) < 1) & (right.max(0) > 0)
-    lines = [f"{telling.sum():,} of {len(telling):,} examples are neither trivial nor impossible: "
-             f"of {len(right)} full static networks not all are right, and not all wrong.", ""]
+    lines = [f"{telling.sum():,} of {len(telling):,} examples are neither trivial nor impossible "
+             f"(right in all {len(right)} full static networks, or in none; it takes two).", ""]
     reached = [budget for budget in BUDGETS
                if all(log.point(budget) is not None for log in logs if log.kind == "method")]
     for budget in [each for each in reached if each in (reached[0], 0.5, 0.7)]:
