@@ -13,8 +13,7 @@ one ranking per network, and asks two things:
 
 Out come `figures/<dataset>-<size>/report.md`, answer first, and pictures. Equal MACs share a rank,
 which limits rho: two networks that order examples alike, of which one lets half leave early and one
-90 %, cannot exceed 0.33. Runs of one seed start alike and see the same batches: unless there is but
-one seed, only runs of different seeds are compared.
+90 %, cannot exceed 0.33. Runs of one seed see the same batches: other seeds are compared, if any.
 """
 import argparse
 import importlib
@@ -594,6 +593,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")    # printing a path of any name never fails
     try:
         sys.exit(main())
     except (OSError, KeyboardInterrupt) as error:
