@@ -1,28 +1,28 @@
 """Send each token to the experts it needs: a mixture of experts that spends unevenly.
 
-The MLP of a block becomes E small experts and a router, and a token runs few of them:
+The MLP of a block becomes a small shared expert, which always runs, E larger ones, and a router:
 
-    p = softmax(router(x)),      y = sum over the chosen e of p_e * expert_e(x)
+    y = shared(x) + sum over the chosen e of w_e * expert_e(x)
 
 Together the experts are larger than the MLP they replace; a token pays for those it runs. Expert e
-runs where need_e < threshold, one number for all layers and tokens; `--routing` says what need is:
+runs where need_e < threshold, one number for all layers and tokens. `--routing` says what they are:
 
-    top_p      the probability of the experts ahead of e: few run where the router is sure
-    dynamic_k  1 - p_e / max p: those run that are nearly as likely as the likeliest
-    top_k      the rank of e, divided by E: the same number for every token, whatever it is
+    top_p   w = softmax(router(x)), need = the weight of all experts ahead of e: few if it is sure
+    top_k   the same w, need = the rank of e / E: as many experts for every token
+    relu    w = relu(router(x)), need = -w: experts of weight 0 do nothing, so they need not run. A
+            penalty on w grows, or falls, until as many fire as the budget buys
 
-The weight is p_e, not p_e / (sum of the chosen p): with one expert that would be 1 whatever the
-router says, and the task could not train it. Left alone routers collapse: an expert that is used
-learns and is used more. The balance loss E * sum_e f_e P_e (f: share of all work done by e, P: mean
-of p) is 1 where the load is even; `--balance 0` shows the collapse. No expert has a capacity, no
-token is dropped, there is no noise: answers do not depend on the rest of a batch.
+The weights w are not divided by their sum: with one expert w would be 1 whatever the router says,
+and the task could not train it. Left alone routers collapse: an expert that is used learns and is
+used more. The balance loss E * sum_e f_e P_e (f: share of all work done by e, P: mean of w) falls
+as the load evens out; `--balance 0` shows the collapse. No expert has a capacity, no token is
+dropped, there is no noise: answers do not depend on the rest of a batch.
 
     python moe.py                                            # CIFAR-10
     python moe.py --dataset shakespeare                      # characters
 
 Papers: Shazeer et al. 2017; Fedus et al. 2021 (Switch); Zoph et al. 2022 (ST-MoE, z-loss); Huang
-et al. 2024 (top_p, entropy term); Szatkowski et al. 2024 (D2DMoE, dynamic_k). Deviations: in
-training the threshold follows the budget; the experts of a layer share one bias, always added.
+et al. 2024 (top_p); Dai et al. 2024 (DeepSeekMoE, shared); Wang et al. 2024 (ReMoE, relu).
 """
 import argparse
 import bisect
@@ -52,13 +52,13 @@ def options(argv=None):
     parser = shared_options(__doc__)
     add = parser.add_argument
     add("--budget", type=float, default=0.5, help="mean MACs, as a share of the static network's")
-    add("--routing", choices=["top_p", "top_k", "dynamic_k"], default="top_p",
+    add("--routing", choices=["top_p", "top_k", "relu"], default="relu",
         help="which experts a token runs")
-    add("--experts", type=int, default=16, help="number of experts in each layer")
-    add("--hidden", type=int, help="neurons of an expert (default: half of the width)")
-    add("--balance", type=float, default=0.01, help="weight of the balance loss")
+    add("--experts", type=int, default=8, help="that a router chooses from, in each layer")
+    add("--hidden", type=int, help="neurons of an expert (default: the width)")
+    add("--balance", type=float, default=0.01, help="weight of the balance loss; relu: 0 or not")
     cfg = complete(parser, argv)
-    cfg.hidden = max(cfg.width // 2, 1) if cfg.hidden is None else cfg.hidden
+    cfg.hidden = cfg.hidden or cfg.width
     if not (0 < cfg.budget <= 1 and 0 < cfg.experts and 0 < cfg.hidden and 0 <= cfg.balance < 1e6):
         parser.error("--budget, --experts and --hidden must be above 0, --budget at most 1, "
                      "--balance not negative")
@@ -68,32 +68,33 @@ def options(argv=None):
 # Shapes: B batch, T tokens, C width, L blocks, E experts, h neurons of each.
 
 # === the mechanism ===
-def need(p, routing):
-    """Router probabilities p (..., E) -> the threshold above which each expert runs, in [0, 1]."""
-    if routing == "dynamic_k":
-        return 1 - p / p.amax(-1, keepdim=True)
-    ranked, order = p.sort(dim=-1, descending=True, stable=True)
+def weigh(scores, routing):
+    """Router scores (..., E) -> weights of the experts, and need, alike: the threshold above which
+    an expert runs, without a gradient."""
+    if routing == "relu":
+        return scores.relu(), -scores.detach()
+    p = scores.softmax(-1)
+    ranked, order = p.detach().sort(dim=-1, descending=True, stable=True)
     if routing == "top_k":
-        return order.argsort(-1).to(p) / p.shape[-1]
+        return p, order.argsort(-1).to(p) / p.shape[-1]
     if routing == "top_p":
-        return torch.zeros_like(p).scatter(-1, order, ranked.cumsum(-1) - ranked)
-    raise ValueError(f"routing {routing!r} is none of top_p, top_k, dynamic_k")
+        return p, torch.zeros_like(p).scatter(-1, order, ranked.cumsum(-1) - ranked)
+    raise ValueError(f"routing {routing!r} is none of top_p, top_k, relu")
 
 
 def threshold_for(needed, k):
-    """needed (..., E) -> the threshold at which a token runs k experts on average. It is above 0:
-    the likeliest expert always runs."""
+    """needed (..., E) -> the threshold at which a token runs k experts on average."""
     count = round(k * needed[..., 0].numel())
     if count >= needed.numel():
         return needed.new_tensor(1.001)             # above all
-    return needed.flatten().kthvalue(count + 1).values.clamp_min(1e-6)
+    return needed.flatten().kthvalue(count + 1).values
 
 
 def balance_loss(p, chosen):
     """E * sum_e f_e P_e of Switch: p, chosen (..., N, E) -> (...), over the N tokens. f, the share
     of e in all that was chosen, has no gradient; P is the mean of p. Where f is even: 1."""
     f = chosen.detach().float().mean(-2)
-    return p.shape[-1] * (f / f.sum(-1, keepdim=True) * p.mean(-2)).sum(-1)
+    return p.shape[-1] * (f / f.sum(-1, keepdim=True).clamp_min(1e-9) * p.mean(-2)).sum(-1)
 
 
 class Router(nn.Module):
@@ -109,35 +110,36 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """E experts of h neurons each: expert e is neurons e h to (e + 1) h of one wide MLP."""
+    """E experts of h neurons each: expert e is neurons e h to (e + 1) h of one wide MLP. A shared
+    expert of half the size always runs; its output bias is the layer's."""
 
     def __init__(self, width, experts, hidden):
         super().__init__()
+        half = max(hidden // 2, 1)
+        self.shared = nn.Sequential(nn.Linear(width, half), nn.ReLU(), nn.Linear(half, width))
         self.up = nn.Linear(width, experts * hidden)
-        self.down = nn.Linear(experts * hidden, width)
+        self.down = nn.Linear(experts * hidden, width, bias=False)
 
     def forward(self, x, weight):
         """x (..., C), weight (..., E) -> the weighted sum of all experts' outputs (..., C)."""
         h = self.up(x).relu().unflatten(-1, (weight.shape[-1], -1))             # (..., E, h)
-        return self.down((h * weight[..., None].to(h.dtype)).flatten(-2))
+        return self.shared(x) + self.down((h * weight[..., None].to(h.dtype)).flatten(-2))
 
     def dispatch(self, x, weight):
-        """The same, at the cost of the experts whose weight is not 0: each is given its tokens. No
-        expert meets a token twice, so index_add_ is deterministic."""
-        E, flat = weight.shape[-1], x.flatten(0, -2)                            # (N, C)
-        y = self.down.bias.expand_as(flat).clone()
+        """The same, at the cost of the experts whose weight is not 0: tokens are gathered expert by
+        expert, go through their experts, and are added up where they came from."""
+        E, tokens, weight = weight.shape[-1], x.flatten(0, -2), weight.flatten(0, -2)
+        expert, token = weight.t().nonzero(as_tuple=True)                       # sorted by expert
+        given = tokens.index_select(0, token).split(expert.bincount(minlength=E).tolist())
         parts = (self.up.weight.chunk(E), self.up.bias.chunk(E), self.down.weight.t().chunk(E))
-        for own, w1, b1, w2 in zip(weight.flatten(0, -2).unbind(-1), *parts):
-            token = own.nonzero()[:, 0]
-            h = F.linear(flat[token], w1, b1).relu() * own[token, None].to(x.dtype)     # (n, h)
-            y.index_add_(0, token, (h @ w2).to(y.dtype))
-        return y.view_as(x)
+        y = torch.cat([F.linear(own, w1, b1).relu() @ w2 for own, w1, b1, w2 in zip(given, *parts)])
+        y = y * weight[token, expert, None].to(y.dtype)
+        return self.shared(tokens).index_add(0, token, y).view_as(x)
 
 
 class Model(nn.Module):
-    """The static network with experts in place of every MLP. An expert runs where its need is below
-    the threshold."""
-    cheapest, full = 1e-6, 1.001        # the likeliest expert of every token; all of them
+    """The static network with experts in place of every MLP. The shared one always runs, another
+    where its need is below the threshold and its weight above 0."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -147,27 +149,35 @@ class Model(nn.Module):
             block.mlp = Experts(C, E, cfg.hidden)
         self.routers = nn.ModuleList(Router(C, E) for _ in range(L))
         self.expert_macs = 2 * C * cfg.hidden
-        self.fixed_macs = self.net.token_macs - L * 8 * C * C + L * C * E       # of a token
+        fixed = C * E + 2 * C * self.net.blocks[0].mlp.shared[0].out_features - 8 * C * C
+        self.fixed_macs = self.net.token_macs + L * fixed               # of a token
         ends = [self.net.example_macs + cfg.tokens * (self.fixed_macs + L * k * self.expert_macs)
-                for k in (1, E)]
-        k = np.interp(cfg.budget * self.net.macs, ends, (1, E))
-        self.k = round(k) if cfg.routing == "top_k" else float(k)       # what the budget buys
-        self.register_buffer("threshold", torch.tensor(self.k / E))     # follows `wanted`, which is
-        self.register_buffer("wanted", torch.tensor(self.k / E))        # the last batch's
+                for k in (0, E)]
+        k = np.interp(cfg.budget * self.net.macs, ends, (0, E))         # what the budget buys
+        relu = cfg.routing == "relu"
+        self.k = float(k) if relu else max(1, round(k) if cfg.routing == "top_k" else float(k))
+        self.cheapest, self.full = (-1e9, 0.0) if relu else (0.0, 1.001)    # shared alone, and all
+        self.register_buffer("threshold", torch.tensor(0.0 if relu else self.k / E))
+        self.register_buffer("wanted", self.threshold.clone())          # by the last batch
+        self.register_buffer("penalty", torch.tensor(1e-3))             # on weights, for relu
 
-    def all_experts(self, x, threshold=None, decisions=None):
-        """Everything is computed -> logits, and of all layers scores, need and chosen (L, B, T, E).
-        threshold None: that of training."""
+    def all_experts(self, x, threshold=None, decisions=None, dispatch=False):
+        """Everything is computed, or by dispatch only what is chosen -> logits, and of all layers
+        scores, need and chosen (L, B, T, E). threshold None: that of training."""
         x, layers = self.net.embed(x), []
         threshold = self.threshold if threshold is None else threshold
         for layer, (block, router) in enumerate(zip(self.net.blocks, self.routers)):
             h = block.mix(x)
             scores = router(h)
-            p = scores.softmax(-1)
-            needed = need(p.detach(), self.routing)
-            chosen = (needed < threshold).to(p.dtype) if decisions is None else decisions[layer]
+            weight, needed = weigh(scores, self.routing)
+            chosen = (needed < threshold) & (weight > 0)
+            if decisions is not None:           # as many, those of least need
+                count = decisions[layer].sum(-1, keepdim=True)
+                chosen = needed.argsort(dim=-1, stable=True).argsort(-1) < count
+            chosen = chosen.to(weight.dtype)
             layers.append((scores, needed, chosen))
-            x = x + block.drop(block.mlp(h, p * chosen))
+            run = block.mlp.dispatch if dispatch else block.mlp
+            x = x + block.drop(run(h, weight * chosen))
         return self.net.head(x), *(torch.stack(part) for part in zip(*layers))
 
     def dense(self, x, threshold=None, decisions=None):
@@ -180,12 +190,17 @@ class Model(nn.Module):
         forward pass: what recomputes it for the backward pass must find the same one."""
         if self.training:
             self.threshold.lerp_(self.wanted, 0.1)
-        logits, scores, needed, chosen = self.all_experts(x)
+        logits, scores, needed, chosen = self.all_experts(x, dispatch=True)
+        loss, run = F.cross_entropy(logits.movedim(-1, 1), y), chosen.sum(-1).mean()
+        shown = dict(loss=loss, accuracy=(logits.argmax(-1) == y).float().mean(), experts=run)
+        if self.routing == "relu":
+            if self.training:
+                self.penalty.mul_(torch.where(run > self.k, 1.05, 1 / 1.05))
+            counted = chosen if self.balance else torch.ones_like(chosen)   # or all alike
+            used = balance_loss(scores.relu().flatten(1, 2), counted.flatten(1, 2)).mean()
+            return loss + self.penalty * used, shown
         if self.training:
             self.wanted.copy_(threshold_for(needed, self.k))
-        loss = F.cross_entropy(logits.movedim(-1, 1), y)
-        shown = dict(loss=loss, accuracy=(logits.argmax(-1) == y).float().mean(),
-                     experts=chosen.sum(-1).mean())
         p, log_p = scores.softmax(-1), scores.log_softmax(-1)
         balance = balance_loss(p.flatten(1, 2), chosen.flatten(1, 2)).mean()
         small = scores.logsumexp(-1).square().mean()                # keeps scores small
@@ -199,14 +214,8 @@ class Model(nn.Module):
 
     def skipping(self, x, threshold):
         """Every expert is given its own tokens and no others -> logits, macs, token_macs."""
-        x, decisions = self.net.embed(x), []
-        for block, router in zip(self.net.blocks, self.routers):
-            h = block.mix(x)
-            p = router(h).softmax(-1)
-            chosen = need(p, self.routing) < threshold
-            decisions.append(chosen.long())
-            x = x + block.mlp.dispatch(h, p * chosen)
-        return self.net.head(x), *self.count_macs(decisions)
+        logits, _, _, chosen = self.all_experts(x, threshold, dispatch=True)
+        return logits, *self.count_macs(chosen.long())
 
     def count_macs(self, decisions):
         """Chosen experts, L times (B, T, E) of 0 and 1 -> macs (B,), token_macs (B, T)."""
@@ -222,6 +231,15 @@ def expert_use(model, split, threshold, kind):
               for x in split[0].split(250)]
     chosen = torch.cat(chosen, 1).cpu().numpy()                                 # (L, N T, E)
     return np.stack([chosen[:, kind == each].mean(1) for each in np.unique(kind)])
+
+
+def specialisation(use, counts):
+    """use (kinds, L, E), counts (kinds,) of tokens -> bits (L,) that the name of an expert tells
+    about the kind of a token that it runs: the mutual information of both."""
+    both = use * counts[:, None, None]
+    both = both / both.sum((0, 2), keepdims=True)
+    apart = both.sum(0, keepdims=True) * both.sum(2, keepdims=True)
+    return (both * np.log2(np.where(both > 0, both / np.maximum(apart, 1e-30), 1))).sum((0, 2))
 
 
 def main(cfg):
@@ -242,9 +260,11 @@ def main(cfg):
     x, y = (part.cpu().numpy() for part in data["test"])
     kind = x.flatten() if cfg.text else y.repeat(cfg.tokens)        # a character read, or a class
     use = expert_use(model, data["test"], threshold, kind)
-    load_of = np.einsum("kle,k->le", use, np.unique(kind, return_counts=True)[1])
+    shuffled = np.random.default_rng(0).permutation(kind if cfg.text else y)
+    chance = expert_use(model, data["test"], threshold, shuffled.repeat(len(kind) // len(shuffled)))
+    counts = np.unique(kind, return_counts=True)[1]
+    load_of = np.einsum("kle,k->le", use, counts)
     load_of = load_of / load_of.sum(1, keepdims=True)               # shares of a layer's work
-    entropy = -(load_of * np.log(np.maximum(load_of, 1e-12))).sum(1)
     figure, free = draw(cfg, data, model, result, sweep, random)
     loads, kinds = free.subplots(1, 2)
     for axis, image in ((loads, load_of), (kinds, use.reshape(len(use), -1))):
@@ -254,8 +274,12 @@ def main(cfg):
     kinds.set(title="how often it runs, by class or character", xlabel="expert of each layer")
     figure.savefig(picture, dpi=120)
     print(*means, sep="\n")
-    print("perplexity of the load by layer:", *(f"{math.exp(each):.1f}" for each in entropy))
+    print("effective number of experts by layer:",
+          *(f"{each:.1f}" for each in 1 / np.square(load_of).sum(1)))
     print(f"dead experts: {(load_of == 0).sum()} of {load_of.size}")
+    print("bits that an expert tells about the class or character, by layer:",
+          *(f"{each:.3f}" for each in specialisation(use, counts)), "; shuffled:",
+          *(f"{each:.3f}" for each in specialisation(chance, counts)))
     print(f"wrote {log} and {picture}")
 
 
