@@ -9,13 +9,14 @@ choice j with probability softmax(s)_j; take this hard sample forward, and backw
 softmax((s + noise) / temperature). To run or not is k = 2 with the scores (z, 0). The gradient is
 not exact, but it has little noise.
 
-The loss is the cross-entropy + 10 (mean MACs - budget)^2 over a batch; applied to each example, the
-budget would make all examples alike. An eighth of each batch runs with all gates open, or nothing
-above the budget would be trained. Afterwards there is no noise: a block runs where z > threshold.
+Gates join when the static network is half trained, and their budget falls from 1 to its value. The
+loss is the cross-entropy + 10 (mean MACs - budget)^2 over a batch; applied to each example, the
+budget would make all alike. An eighth of each batch also runs with all gates open, and teaches its
+answers to itself with gates. Afterwards there is no noise: a block runs where z > threshold.
 
     python gumbel_gates.py                                   # CIFAR-10
     python gumbel_gates.py --dataset shakespeare             # characters
-    python gumbel_gates.py --grain token --estimator reinforce
+    python gumbel_gates.py --grain layer --estimator reinforce
 
 Papers: Jang et al. 2017, Maddison et al. 2017 (the trick); Veit and Belongie 2018 (ConvNet-AIG);
 Rao et al. 2021 (DynamicViT); Meng et al. 2022 (AdaViT); Wang et al. 2018 (SkipNet). Deviations: one
@@ -51,20 +52,20 @@ def options(argv=None):
     parser = shared_options(__doc__)
     add = parser.add_argument
     add("--budget", type=float, default=0.5, help="mean MACs, as a share of the static network's")
-    add("--grain", choices=["layer", "token", "group"], default="layer",
+    add("--grain", choices=["layer", "token", "group"], default="token",
         help="what a gate switches: a block, for an image; the MLP, for a token; or a quarter of "
              "the MLP's neurons, for an image or a character")
     add("--estimator", choices=ESTIMATORS, default="gumbel",
         help="how gates learn: by the trick; by a sigmoid's gradient, without noise; by the score "
              "function: how much better sampled gates did than greedy ones")
     cfg = complete(parser, argv)
-    if not 0 < cfg.budget <= 1:
-        parser.error(f"--budget {cfg.budget} must be above 0 and at most 1")
+    if not 0 < cfg.budget <= 1 or cfg.depth < 2:
+        parser.error("--budget must be above 0 and at most 1, --depth at least 2")
     return cfg
 
 
-# Shapes: B batch, T tokens, C width, H hidden neurons, L blocks, U gates of a block, and R rows of
-# gates for an example: T where every token has its own, else 1.
+# Shapes: B batch, T tokens, C width, H hidden neurons, L blocks with gates (all but the first), U
+# gates of a block, and R rows of gates for an example: T where every token has its own, else 1.
 
 # === the mechanism ===
 # === shared: gumbel softmax ===
@@ -113,9 +114,9 @@ class Gate(nn.Module):
 
 
 class Model(nn.Module):
-    """The static network with a gate before every block, open where its score is above the
-    threshold."""
-    cheapest, full = 1e9, -1e9          # far outside the scores: nothing runs; everything does
+    """The static network with a gate before every block but the first, open where its score is
+    above the threshold."""
+    cheapest, full = 1e9, -1e9          # far outside the scores: the first block runs; all do
 
     def __init__(self, cfg):
         super().__init__()
@@ -123,30 +124,34 @@ class Model(nn.Module):
         self.by_token = cfg.text or cfg.grain == "token"
         self.by_block = cfg.grain == "layer" and not cfg.text
         self.units = 4 if cfg.grain == "group" else 1
-        self.gates = nn.ModuleList(Gate(cfg.width, self.units) for _ in range(cfg.depth))
+        self.gates = nn.ModuleList(Gate(cfg.width, self.units) for _ in range(cfg.depth - 1))
         mlp_macs = 8 * cfg.width ** 2
         self.unit_macs = self.net.block_macs if self.by_block else mlp_macs // self.units
-        self.gate_macs = cfg.depth * self.gates[0].macs                 # of an example, or a token
+        self.gate_macs = len(self.gates) * self.gates[0].macs           # of an example, or a token
         self.budget_weight = 10.0
 
-    def score(self, layer, x):
-        """x (B, T, C) before a block -> scores of its gates (B, R, U)."""
-        seen = self.net.blocks[layer].norm(x)
-        return self.gates[layer](seen if self.by_token else seen.mean(1, keepdim=True))
+    def gated_blocks(self):
+        """Pairs: a block, and the gate before it."""
+        return zip(self.net.blocks[1:], self.gates)
 
-    def all_gates(self, x, threshold=None, decisions=None):
+    def score(self, block, gate, x):
+        """x (B, T, C) before a block -> scores of its gates (B, R, U)."""
+        seen = block.norm(x)
+        return gate(seen if self.by_token else seen.mean(1, keepdim=True))
+
+    def all_gates(self, x, threshold=None, decisions=None, opened=0):
         """Everything is computed, and multiplied by its gate -> logits, scores (L, B, R, U), gates
-        alike. Without a threshold gates are sampled, but those of the first eighth are open."""
-        x, layers = self.net.embed(x), []
-        for layer, block in enumerate(self.net.blocks):
-            z = self.score(layer, x)
+        alike. Without a threshold gates are sampled, but those of the first inputs are opened."""
+        x, layers = self.net.blocks[0](self.net.embed(x)), []
+        for layer, (block, gate) in enumerate(self.gated_blocks()):
+            z = self.score(block, gate, x)
             if decisions is not None:
                 gates = decisions[layer]
             elif threshold is not None:
                 gates = (z > threshold).to(z.dtype)
             else:
                 gates = sample_gates(z.float(), self.estimator)
-                gates = torch.cat([torch.ones_like(z[:len(z) // 8]), gates[len(z) // 8:]])
+                gates = torch.cat([torch.ones_like(z[:opened]), gates[opened:]])
             layers.append((z, gates))
             up, _, down = block.mlp
             h = up(block.mix(x)).relu().unflatten(-1, (self.units, -1))         # (B, T, U, H / U)
@@ -161,21 +166,30 @@ class Model(nn.Module):
     def loss(self, x, y, progress):
         """What training minimises, and numbers for the progress bar. With reinforce only the
         gradient of the loss means something."""
-        logits, z, gates = self.all_gates(x)
-        each = F.cross_entropy(logits.movedim(-1, 1), y, reduction="none")      # (B,) or (B, T)
-        loss, sampled = each.mean(), slice(len(x) // 8, None)                   # not all open
-        macs = self.count_macs(gates[:, sampled])[0] / self.net.macs
-        excess = macs.mean() - self.budget
-        shown = dict(loss=loss, accuracy=(logits.argmax(-1) == y).float().mean(), macs=macs.mean())
+        if progress < 0.4:
+            logits = self.net(x)
+            loss = F.cross_entropy(logits.movedim(-1, 1), y)
+            return loss, dict(loss=loss, accuracy=(logits.argmax(-1) == y).float().mean())
+        n = len(x) // 8
+        logits, z, gates = self.all_gates(torch.cat([x[:n], x]), opened=n)
+        each = F.cross_entropy(logits.movedim(-1, 1), torch.cat([y[:n], y]), reduction="none")
+        teacher = logits[:n].detach().softmax(-1)
+        taught = F.cross_entropy(logits[n:2 * n].movedim(-1, 1), teacher.movedim(-1, 1)) if n else 0
+        macs = self.count_macs(gates[:, n:])[0] / self.net.macs                 # (B,)
+        budget = max(self.budget, 1 - (1 - self.budget) * (progress - 0.4) / 0.3)
+        excess = macs.mean() - budget
+        loss = each.mean() + taught + self.budget_weight * excess.square()
+        right = (logits[n:].argmax(-1) == y).float().mean()
         if self.estimator == "reinforce":
             with torch.no_grad():       # greedy gates are the baseline, for the loss and for MACs
-                greedy, _, best = self.all_gates(x[sampled], 0.0)
-                better = F.cross_entropy(greedy.movedim(-1, 1), y[sampled], reduction="none")
-                better = (better - each[sampled]).reshape(len(macs), -1).mean(1)
+                greedy, _, best = self.all_gates(x, 0.0)
+                better = F.cross_entropy(greedy.movedim(-1, 1), y, reduction="none") - each[n:]
                 cheaper = self.count_macs(best)[0] / self.net.macs - macs
-            advantage = better * len(macs) / len(x) + 2 * self.budget_weight * excess * cheaper
-            loss = loss + score_function(z[:, sampled], gates[:, sampled], advantage)
-        return loss + self.budget_weight * excess.square(), shown
+            share = len(x) / (len(x) + n)               # of the sampled ones in the mean
+            advantage = share * better.reshape(len(macs), -1).mean(1)
+            advantage = advantage + 2 * self.budget_weight * excess * cheaper
+            loss = loss + score_function(z[:, n:], gates[:, n:], advantage)
+        return loss, dict(loss=each.mean(), accuracy=right, macs=macs.mean())
 
     def masked(self, x, threshold):
         """Computes everything, counts what was open -> logits, macs (B,), token_macs (B, T)."""
@@ -184,9 +198,9 @@ class Model(nn.Module):
 
     def skipping(self, x, threshold):
         """What is closed is given no image, or no token -> logits, macs, token_macs."""
-        x, decisions = self.net.embed(x), []
-        for layer, block in enumerate(self.net.blocks):
-            gates = self.score(layer, x) > threshold                            # (B, R, U)
+        x, decisions = self.net.blocks[0](self.net.embed(x)), []
+        for block, gate in self.gated_blocks():
+            gates = self.score(block, gate, x) > threshold                      # (B, R, U)
             decisions.append(gates.long())
             up, _, down = block.mlp
             mixed = None if self.by_block else block.mix(x)

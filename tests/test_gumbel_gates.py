@@ -16,7 +16,8 @@ ESTIMATORS = ("gumbel", "sigmoid_st", "reinforce")
 
 
 def gated(dataset="shapes", *options):
-    return build(script, dataset, "tiny", *options)
+    """Three blocks, two of them with gates."""
+    return build(script, dataset, "tiny", "--depth", "3", *options)
 
 
 def test_samples_follow_the_softmax():
@@ -82,9 +83,9 @@ def test_reinforce_agrees_with_the_exact_gradient():
 
 
 def test_reinforce_weighs_the_task_as_the_mean_loss_does(monkeypatch):
-    """64 copies of an image, 56 of them sampled: every outcome is run once, and counts as often as it
-    was drawn, against the greedy gates."""
-    model, y = gated("shapes", "--estimator", "reinforce").double(), torch.full((64,), 3)
+    """64 copies of an image, and eight with open gates: every outcome is run once, and counts as often
+    as it was drawn, against the greedy gates."""
+    model, y = gated("shapes", "--grain", "layer", "--estimator", "reinforce").double(), torch.full((64,), 3)
     model.budget_weight = 0.0
     for gate in model.gates:
         torch.nn.init.constant_(gate.out.bias, 0.5)
@@ -94,30 +95,31 @@ def test_reinforce_weighs_the_task_as_the_mean_loss_does(monkeypatch):
     monkeypatch.setattr(script, "sample_gates", lambda z, e: drawn.append(sample(z, e)) or drawn[-1])
     torch.manual_seed(0)
     got = torch.autograd.grad(model.loss(x, y, 1.0)[0], parameters)
-    gates = torch.stack(drawn[:2], 1)[8:]                                               # (56, L, 1, 1)
+    gates = torch.stack(drawn[:2], 1)[8:]                                               # (64, L, 1, 1)
     outcomes, counts = gates.unique(dim=0, return_counts=True)
-    assert counts.sum() == 56 and len(outcomes) == 4
+    assert counts.sum() == 64 and len(outcomes) == 4
     greedy, total = F.cross_entropy(model.masked(x[:1], 0.0)[0], y[:1]), 0
     for outcome, count in zip(outcomes, counts):
         logits, z, _ = model.all_gates(x[:1], decisions=outcome[:, None])
         log_p = torch.where(outcome[:, None] > 0, F.logsigmoid(z), F.logsigmoid(-z)).sum()
-        total = total + count / 64 * (F.cross_entropy(logits, y[:1]) - greedy).detach() * log_p
+        total = total + count / 72 * (F.cross_entropy(logits, y[:1]) - greedy).detach() * log_p
     for a, b in zip(got, torch.autograd.grad(total, parameters)):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-6) and b.abs().max() > 0
 
 
 @cases
 def test_the_ends(grain, dataset):
-    """All open: the static network, and the gates' price. All closed: output biases on what was
-    embedded, by hand: stem and head, and convolutions unless whole blocks are closed."""
+    """All open: the static network, and the gates' price. All closed: the first block, and output
+    biases, by hand: stem and head, and convolutions unless whole blocks are closed."""
     model, x = gated(dataset, "--grain", grain), inputs(dataset, count=3)
     rows = 64 if grain == "token" or dataset == "pydoc" else 1
     gates = 2 * rows * (32 * 16 + 16 * (4 if grain == "group" else 1))
+    first, *others = model.net.blocks
     with torch.no_grad():
         static = model.net(x)
-        bare = model.net.embed(x) + sum(block.mlp[2].bias for block in model.net.blocks)
-        bare = model.net.head(bare)
-    conv = 0 if grain == "layer" and dataset == "shapes" else 2 * 64 * model.net.blocks[0].conv.weight.numel()
+        bare = model.net.head(first(model.net.embed(x)) + sum(block.mlp[2].bias for block in others))
+    convolutions = 1 if grain == "layer" and dataset == "shapes" else 3
+    conv = convolutions * 64 * first.conv.weight.numel()
     fixed = 64 * 128 * 32 if dataset == "pydoc" else 256 * 27 * 16 + 64 * 9 * 16 * 32 + 320
     for run in (model.masked, model.skipping):
         logits, macs, _ = run(x, model.full)
@@ -125,7 +127,7 @@ def test_the_ends(grain, dataset):
         assert macs.tolist() == [model.net.macs + gates] * 3
         logits, macs, _ = run(x, model.cheapest)
         assert torch.allclose(logits, bare, atol=1e-4)
-        assert macs.tolist() == [fixed + conv + gates] * 3
+        assert macs.tolist() == [fixed + conv + 64 * 8 * 32 * 32 + gates] * 3
 
 
 @cases
@@ -162,34 +164,41 @@ def test_the_task_alone_moves_every_gate(grain, dataset, estimator):
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_an_eighth_of_the_batch_runs_everything(estimator):
-    """With gates that never open by themselves: two of sixteen are the static network, and the budget
-    term is about the others."""
+def test_the_loss_by_hand(estimator):
+    """Gates that never open by themselves: an eighth of the batch runs everything too, and teaches
+    itself; the budget, halfway between 1 and its value, is about the others."""
     model, x = gated("shapes", "--estimator", estimator), inputs("shapes", count=16)
     for gate in model.gates:
         torch.nn.init.constant_(gate.out.bias, -1000.0)
     y = torch.arange(16) % 10
     with torch.no_grad():
-        logits, _, gates = model.all_gates(x)
-        assert torch.allclose(logits[:2], model.net(x)[:2], atol=1e-5) and gates[:, :2].all()
-        assert torch.allclose(logits[2:], model.masked(x[2:], 0.0)[0], atol=1e-5) and not gates[:, 2:].any()
-        loss, shown = model.loss(x, y, 0.5)
-        task, closed = F.cross_entropy(logits, y), model.masked(x, model.cheapest)[1][0] / model.net.macs
+        full, gated_logits = model.net(x), model.masked(x, 0.0)[0]
+        logits, _, gates = model.all_gates(torch.cat([x[:2], x]), opened=2)
+        assert torch.allclose(logits, torch.cat([full[:2], gated_logits]), atol=1e-5)
+        assert gates[:, :2].all() and not gates[:, 2:].any()
+        loss, shown = model.loss(x, y, 0.55)
+        task = F.cross_entropy(torch.cat([full[:2], gated_logits]), torch.cat([y[:2], y]))
+        taught = -(full[:2].softmax(-1) * gated_logits[:2].log_softmax(-1)).sum(-1).mean()
+        closed = model.masked(x, model.cheapest)[1][0] / model.net.macs
         assert shown["loss"].item() == pytest.approx(task.item(), rel=1e-5)
         assert shown["macs"].item() == pytest.approx(closed.item())
-        assert loss.item() == pytest.approx((task + 10 * (closed - 0.5) ** 2).item(), rel=1e-5)
-        for gate in model.gates:
-            torch.nn.init.zeros_(gate.out.bias)
-        torch.manual_seed(3)
-        _, shown = model.loss(x, y, 0.5)
-        torch.manual_seed(3)
-        macs = model.count_macs(model.all_gates(x)[2][:, 2:])[0].mean() / model.net.macs
-        assert shown["macs"].item() == pytest.approx(macs.item())
+        assert loss.item() == pytest.approx((task + taught + 10 * (closed - 0.75) ** 2).item(), rel=1e-5)
+
+
+def test_gates_join_a_half_trained_network():
+    """Before, the loss is the static network's; no gate has a gradient."""
+    model, x, y = gated(), inputs("shapes"), torch.arange(8)
+    loss, _ = model.loss(x, y, 0.39)
+    assert loss.item() == pytest.approx(F.cross_entropy(model.net(x), y).item(), rel=1e-6)
+    loss.backward()
+    assert all(parameter.grad is None for parameter in model.gates.parameters())
+    model.loss(x, y, 0.4)[0].backward()
+    assert all(parameter.grad is not None for parameter in model.gates.parameters())
 
 
 def test_the_budget_is_for_the_batch_not_for_the_example():
     """Half of the examples open, half closed: as if each ran one block of two; in a gradient, too."""
-    model = gated()
+    model = gated("shapes", "--grain", "layer")
     uneven = torch.tensor([1.0, 1, 0, 0]).view(1, 4, 1, 1).expand(2, -1, -1, -1).clone().requires_grad_()
     even = torch.tensor([1.0, 0]).view(2, 1, 1, 1).expand(-1, 4, -1, -1)
     macs = model.count_macs(uneven)[0]
@@ -200,9 +209,9 @@ def test_the_budget_is_for_the_batch_not_for_the_example():
 
 
 def test_training_meets_the_budget():
-    """A hundred steps on text: at threshold 0, the rule of training, MACs are near the budget."""
+    """A few hundred steps on text: at threshold 0, the rule of training, MACs are near the budget."""
     torch.manual_seed(0)
-    cfg = configure(script, "pydoc", "tiny", "--steps", "150", "--budget", "0.7")
+    cfg = configure(script, "pydoc", "tiny", "--steps", "400", "--budget", "0.7", "--depth", "3")
     data, model = script.load_data(cfg), script.Model(cfg)
     script.train(model, data, cfg)
     few = [part[:100] for part in data["test"]]
@@ -210,7 +219,7 @@ def test_training_meets_the_budget():
     assert spent == pytest.approx(0.7, abs=0.15)
     threshold, _ = script.calibrate(model, [part[:100] for part in data["calibration"]], 0.7)
     assert script.summary(model, script.evaluate(model.skipping, few, threshold))["budget"] == pytest.approx(
-        0.7, abs=0.03)
+        0.7, abs=0.06)
 
 
 def test_mutual_information_by_hand():
