@@ -19,6 +19,7 @@ import argparse
 import importlib
 import itertools
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -61,7 +62,6 @@ class Log:
             fail(f"{path}: is no log ({type(error).__name__}: {error})")
 
     def read(self):
-        """Arrays and meta data, as they are."""
         with np.load(self.path, allow_pickle=False) as file:
             self.arrays = dict(file)
         self.meta = json.loads(str(self.arrays.pop("meta")))
@@ -555,6 +555,7 @@ def train(args):
                  f"--name={name}", f"--seed={seed}"]
                 for seed in range(args.seeds) for script, name, more in runs
                 if not (folder / f"{name}-s{seed}.npz").exists()]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.jobs)))
     pool = ThreadPoolExecutor(args.jobs)
     failed = 0
     try:
@@ -568,7 +569,6 @@ def train(args):
 
 
 def main(argv=None):
-    """The command line -> exit status."""
     parser = argparse.ArgumentParser(prog="compare_rankings.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
