@@ -354,7 +354,7 @@ def training_batches(data, cfg):
 
 # === shared: options ===
 SIZES = {   # for images, and for text
-    "tiny": (dict(width=32, depth=2, batch=64, epochs=3, dropout=0.0, tokens=64, kernel=3),
+    "tiny": (dict(width=32, depth=3, batch=64, epochs=3, dropout=0.0, tokens=64, kernel=3),
              dict(width=32, depth=2, batch=64, epochs=1, dropout=0.0, tokens=64, kernel=8)),
     "small": (dict(width=48, depth=8, batch=128, epochs=16, dropout=0.0, tokens=64, kernel=3),
               dict(width=72, depth=6, batch=32, epochs=10, dropout=0.1, tokens=128, kernel=8)),

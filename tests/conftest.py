@@ -60,7 +60,9 @@ def shorten(monkeypatch):
 
 
 def configure(script, dataset="shapes", size="tiny", *options):
-    return script.options(["--dataset", dataset, "--size", size, "--device", "cpu", *options])
+    """Options, as from a command line; tiny networks of two blocks are enough to count by hand."""
+    depth = ["--depth", "2"] if size == "tiny" else []
+    return script.options(["--dataset", dataset, "--size", size, "--device", "cpu", *depth, *options])
 
 
 def build(script, dataset="shapes", size="tiny", *options, seed=0):
