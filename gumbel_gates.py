@@ -9,10 +9,10 @@ choice j with probability softmax(s)_j; take this hard sample forward, and backw
 softmax((s + noise) / temperature). To run or not is k = 2 with the scores (z, 0). The gradient is
 not exact, but it has little noise.
 
-Gates join when the static network is half trained, and their budget falls from 1 to its value. The
-loss is the cross-entropy + 10 (mean MACs - budget)^2 over a batch; applied to each example, the
-budget would make all alike. An eighth of each batch also runs with all gates open, and teaches its
-answers to itself with gates. Afterwards there is no noise: a block runs where z > threshold.
+The static network trains alone first; then gates join, and their budget falls from 1 to its value.
+The loss is the cross-entropy + 10 (mean MACs - budget)^2 over a batch; applied to each example, the
+budget would make all alike. An eighth of each batch also runs with all gates open, and its answers
+are targets for the gated ones. Afterwards there is no noise: a block runs where z > threshold.
 
     python gumbel_gates.py                                   # CIFAR-10
     python gumbel_gates.py --dataset shakespeare             # characters
@@ -21,7 +21,7 @@ answers to itself with gates. Afterwards there is no noise: a block runs where z
 Papers: Jang et al. 2017, Maddison et al. 2017 (the trick); Veit and Belongie 2018 (ConvNet-AIG);
 Rao et al. 2021 (DynamicViT); Meng et al. 2022 (AdaViT); Wang et al. 2018 (SkipNet). Deviations: one
 budget on all MACs, not a rate for each gate; an MLP's output bias is added whether it runs or not;
-in a text gates decide for single characters, since a whole window would give away its end.
+in a text gates decide for single characters: a mean over the window would show later ones.
 """
 import argparse
 import bisect
@@ -148,7 +148,7 @@ class Model(nn.Module):
             if decisions is not None:
                 gates = decisions[layer]
             elif threshold is not None:
-                gates = (z > threshold).to(z.dtype)
+                gates = (z > threshold).float()
             else:
                 gates = sample_gates(z.float(), self.estimator)
                 gates = torch.cat([torch.ones_like(z[:opened]), gates[opened:]])
@@ -164,8 +164,8 @@ class Model(nn.Module):
         return logits, gates
 
     def loss(self, x, y, progress):
-        """What training minimises, and numbers for the progress bar. With reinforce only the
-        gradient of the loss means something."""
+        """What training minimises, and numbers for the progress bar. With reinforce its value means
+        nothing, its gradient does; and gates do not learn from the targets."""
         if progress < 0.4:
             logits = self.net(x)
             loss = F.cross_entropy(logits.movedim(-1, 1), y)
@@ -237,7 +237,7 @@ def mutual_information(gates, label):
 
 def gradient_noise(model, x, y, repeats=30):
     """How noisy is each estimator? Root of the total variance, over repeats on one batch, of the
-    gradient of the task by the gates' parameters, over the length of its mean; nan: it drowns."""
+    gradient of the task by the gates' parameters, over the length of its mean; nan: too noisy."""
     kept, noise = (model.estimator, model.budget_weight), {}
     model.budget_weight = 0.0
     for model.estimator in ESTIMATORS:
@@ -590,7 +590,8 @@ def evaluate_random(model, split, threshold):
         rows = decisions[0].shape[:2]    # (B,), or (B, T); all layers alike
         order = torch.randperm(math.prod(rows), generator=torch.Generator().manual_seed(0))
         decisions = [(d != 0).long().flatten(0, len(rows) - 1)[order].view_as(d) for d in decisions]
-        return model.dense(x, decisions=decisions)[0], *model.count_macs(decisions)
+        logits, ran = model.dense(x, decisions=decisions)
+        return logits, *model.count_macs([(d != 0).long() for d in ran])
 
     return evaluate(run, split, threshold)
 

@@ -5,18 +5,18 @@ The MLP of a block becomes a small shared expert, which always runs, E larger on
     y = shared(x) + sum over the chosen e of w_e * expert_e(x)
 
 Together the experts are larger than the MLP they replace; a token pays for those it runs. Expert e
-runs where need_e < threshold, one number for all layers and tokens. `--routing` says what they are:
+runs if need_e < threshold, one number for all layers and tokens, and w_e > 0. By `--routing`:
 
-    top_p   w = softmax(router(x)), need = the weight of all experts ahead of e: few if it is sure
+    top_p   w = softmax(router(x)), need = the weights of all experts ahead of e
     top_k   the same w, need = the rank of e / E: as many experts for every token
-    relu    w = relu(router(x)), need = -w: experts of weight 0 do nothing, so they need not run. A
-            penalty on w grows, or falls, until as many fire as the budget buys
+    relu    w = relu(router(x)), need = -router(x): experts of weight 0 need not run. A penalty on
+            w, weighted by load, grows or falls until as many run as the budget buys
 
 The weights w are not divided by their sum: with one expert w would be 1 whatever the router says,
 and the task could not train it. Left alone routers collapse: an expert that is used learns and is
-used more. The balance loss E * sum_e f_e P_e (f: share of all work done by e, P: mean of w) falls
-as the load evens out; `--balance 0` shows the collapse. No expert has a capacity, no token is
-dropped, there is no noise: answers do not depend on the rest of a batch.
+used more. The balance loss E * sum_e f_e P_e (f: share of all work done by e, P: mean of w) evens
+the load; `--balance 0` shows the collapse. No token is dropped, nothing depends on the rest of a
+batch. The random control deals out counts; which experts run stays the router's choice.
 
     python moe.py                                            # CIFAR-10
     python moe.py --dataset shakespeare                      # characters
@@ -58,7 +58,7 @@ def options(argv=None):
     add("--hidden", type=int, help="neurons of an expert (default: the width)")
     add("--balance", type=float, default=0.01, help="weight of the balance loss; relu: 0 or not")
     cfg = complete(parser, argv)
-    cfg.hidden = cfg.hidden or cfg.width
+    cfg.hidden = cfg.width if cfg.hidden is None else cfg.hidden
     if not (0 < cfg.budget <= 1 and 0 < cfg.experts and 0 < cfg.hidden and 0 <= cfg.balance < 1e6):
         parser.error("--budget, --experts and --hidden must be above 0, --budget at most 1, "
                      "--balance not negative")
@@ -158,7 +158,7 @@ class Model(nn.Module):
         self.k = float(k) if relu else max(1, round(k) if cfg.routing == "top_k" else float(k))
         self.cheapest, self.full = (-1e9, 0.0) if relu else (0.0, 1.001)    # shared alone, and all
         self.register_buffer("threshold", torch.tensor(0.0 if relu else self.k / E))
-        self.register_buffer("wanted", self.threshold.clone())          # by the last batch
+        self.register_buffer("wanted", self.threshold.clone())      # gave k in the last batch
         self.register_buffer("penalty", torch.tensor(1e-3))             # on weights, for relu
 
     def all_experts(self, x, threshold=None, decisions=None, dispatch=False):
@@ -170,11 +170,11 @@ class Model(nn.Module):
             h = block.mix(x)
             scores = router(h)
             weight, needed = weigh(scores, self.routing)
-            chosen = (needed < threshold) & (weight > 0)
-            if decisions is not None:           # as many, those of least need
+            chosen = needed < threshold
+            if decisions is not None:           # as many experts, those that the router prefers
                 count = decisions[layer].sum(-1, keepdim=True)
                 chosen = needed.argsort(dim=-1, stable=True).argsort(-1) < count
-            chosen = chosen.to(weight.dtype)
+            chosen = (chosen & (weight > 0)).to(weight.dtype)
             layers.append((scores, needed, chosen))
             run = block.mlp.dispatch if dispatch else block.mlp
             x = x + block.drop(run(h, weight * chosen))
@@ -187,7 +187,7 @@ class Model(nn.Module):
 
     def loss(self, x, y, progress):
         """What training minimises, and numbers for the progress bar. The threshold moves before the
-        forward pass: what recomputes it for the backward pass must find the same one."""
+        forward pass: activation checkpointing runs that again, and must find the same one."""
         if self.training:
             self.threshold.lerp_(self.wanted, 0.1)
         logits, scores, needed, chosen = self.all_experts(x, dispatch=True)
@@ -195,7 +195,7 @@ class Model(nn.Module):
         shown = dict(loss=loss, accuracy=(logits.argmax(-1) == y).float().mean(), experts=run)
         if self.routing == "relu":
             if self.training:
-                self.penalty.mul_(torch.where(run > self.k, 1.05, 1 / 1.05))
+                self.penalty.mul_(torch.where(run > self.k, 1.05, 1 / 1.05)).clamp_(1e-9, 1e3)
             counted = chosen if self.balance else torch.ones_like(chosen)   # or all alike
             used = balance_loss(scores.relu().flatten(1, 2), counted.flatten(1, 2)).mean()
             return loss + self.penalty * used, shown
@@ -237,7 +237,7 @@ def specialisation(use, counts):
     """use (kinds, L, E), counts (kinds,) of tokens -> bits (L,) that the name of an expert tells
     about the kind of a token that it runs: the mutual information of both."""
     both = use * counts[:, None, None]
-    both = both / both.sum((0, 2), keepdims=True)
+    both = both / np.maximum(both.sum((0, 2), keepdims=True), 1e-9)
     apart = both.sum(0, keepdims=True) * both.sum(2, keepdims=True)
     return (both * np.log2(np.where(both > 0, both / np.maximum(apart, 1e-30), 1))).sum((0, 2))
 
@@ -264,7 +264,7 @@ def main(cfg):
     chance = expert_use(model, data["test"], threshold, shuffled.repeat(len(kind) // len(shuffled)))
     counts = np.unique(kind, return_counts=True)[1]
     load_of = np.einsum("kle,k->le", use, counts)
-    load_of = load_of / load_of.sum(1, keepdims=True)               # shares of a layer's work
+    load_of = load_of / np.maximum(load_of.sum(1, keepdims=True), 1)        # shares of the work
     figure, free = draw(cfg, data, model, result, sweep, random)
     loads, kinds = free.subplots(1, 2)
     for axis, image in ((loads, load_of), (kinds, use.reshape(len(use), -1))):
@@ -275,7 +275,7 @@ def main(cfg):
     figure.savefig(picture, dpi=120)
     print(*means, sep="\n")
     print("effective number of experts by layer:",
-          *(f"{each:.1f}" for each in 1 / np.square(load_of).sum(1)))
+          *(f"{each:.1f}" for each in load_of.any(1) / np.maximum(np.square(load_of).sum(1), 1e-9)))
     print(f"dead experts: {(load_of == 0).sum()} of {load_of.size}")
     print("bits that an expert tells about the class or character, by layer:",
           *(f"{each:.3f}" for each in specialisation(use, counts)), "; shuffled:",
@@ -579,7 +579,8 @@ def evaluate_random(model, split, threshold):
         rows = decisions[0].shape[:2]    # (B,), or (B, T); all layers alike
         order = torch.randperm(math.prod(rows), generator=torch.Generator().manual_seed(0))
         decisions = [(d != 0).long().flatten(0, len(rows) - 1)[order].view_as(d) for d in decisions]
-        return model.dense(x, decisions=decisions)[0], *model.count_macs(decisions)
+        logits, ran = model.dense(x, decisions=decisions)
+        return logits, *model.count_macs([(d != 0).long() for d in ran])
 
     return evaluate(run, split, threshold)
 

@@ -577,7 +577,8 @@ def evaluate_random(model, split, threshold):
         rows = decisions[0].shape[:2]    # (B,), or (B, T); all layers alike
         order = torch.randperm(math.prod(rows), generator=torch.Generator().manual_seed(0))
         decisions = [(d != 0).long().flatten(0, len(rows) - 1)[order].view_as(d) for d in decisions]
-        return model.dense(x, decisions=decisions)[0], *model.count_macs(decisions)
+        logits, ran = model.dense(x, decisions=decisions)
+        return logits, *model.count_macs([(d != 0).long() for d in ran])
 
     return evaluate(run, split, threshold)
 
