@@ -29,8 +29,9 @@ def finished(request, run, shorten, tmp_path_factory):
         name, dataset = request.param
         shorten(scripts[name], 300)
         folder = tmp_path_factory.mktemp(name)
-        more = ("--budget", "0.8") if name == "early_exit" else ()      # of two exits one costs 0.6
-        status, printed, errors = run(name, "--dataset", dataset, *OPTIONS, "--steps", "30", *more, cwd=folder)
+        more = ("--steps", "30", "--depth", "3", "--budget", "0.8")
+        more = more[:4] if name == "relu_sparsity" else more
+        status, printed, errors = run(name, "--dataset", dataset, *OPTIONS, *more, cwd=folder)
         assert status == 0, errors[-2000:]
         folders[request.param] = name, dataset, folder, printed
     return folders[request.param]
@@ -61,7 +62,7 @@ def test_the_log_follows_the_schema(finished):
     for key, (shape, dtype) in shapes.items():
         assert log[key].shape == shape and dtype in (None, log[key].dtype), key
 
-    cfg = configure(scripts[name], dataset)
+    cfg = configure(scripts[name], dataset, "tiny", "--depth", "3")
     test = [part[:300] for part in load_all(cfg)["test"]]
     assert np.array_equal(log["label"], test[1].numpy())
     digest = hashlib.sha256(test[0].contiguous().numpy().tobytes() + test[1].contiguous().numpy().tobytes())
@@ -77,9 +78,9 @@ def test_the_log_follows_the_schema(finished):
     assert meta["at_budget"]["loss"] == pytest.approx(log["loss"].astype(float).mean(), abs=1e-3)
     assert meta["at_budget"]["budget"] == pytest.approx(log["macs"].mean() / meta["static_macs"])
     assert meta["full"]["accuracy"] == pytest.approx(log["sweep_correct"][-1].astype(float).mean(), abs=1e-3)
-    assert log["sweep_threshold"][-1] == scripts[name].Model.full
+    assert log["sweep_threshold"][-1] == scripts[name].Model(cfg).full
     realised = log["sweep_macs"].mean(1) / meta["static_macs"]
-    assert np.abs(realised - log["sweep_budget"]).max() < (0.1 if text else 0.05)       # of 300 examples
+    assert np.abs(realised - log["sweep_budget"]).max() < (0.15 if text else 0.05)      # a text has few gates yet
     assert np.ptp(log["macs"]) > 0
     assert not text or (log["token_macs"].sum(1) <= log["macs"]).all()
 
