@@ -105,7 +105,8 @@ class Log:
         self.quality = quality.astype(float).mean(1)            # (S,)
         better = "loss" if self.text else "accuracy"
         dealt = self.meta.get("random", [{}] * len(self.spent))
-        self.random = [dealt[k].get(better, np.nan) for k in range(len(self.spent))]        # (S,)
+        self.random = [run.get(better, np.nan) if abs(run.get("budget", macs) - macs) < 0.03
+                       else np.nan for run, macs in zip(dealt, self.spent, strict=True)]    # (S,)
         clock = self.meta.get("wall_clock", {})
         self.time = [clock.get(f"skipping_ms_batch_{batch}", np.nan)
                      / clock.get(f"static_ms_batch_{batch}", np.nan) for batch in (1, 256)]
@@ -252,8 +253,7 @@ def verdict(quality, static, dealt, full, text):
     return f"no: {', '.join(failed)}" if failed else "yes"
 
 
-def paying_table(logs):
-    """A row for each method and budget."""
+def paying_table(logs):     # a row for each method and budget
     full = np.mean([log.quality[-1] for log in logs if log.kind == "full"] or [np.nan])
     methods = by_method([log for log in logs if log.kind == "method"])
     rows = []
@@ -439,8 +439,7 @@ def draw_time(logs):
 
 # === comparing ===
 def test_images(log, folder):
-    """The test images of a log, uint8 (N, 3, 32, 32), or None where they are not at hand: nothing
-    is downloaded, the static network's script reads or draws them."""
+    """The test images of a log, uint8 (N, 3, 32, 32); None where a download would be needed."""
     dataset = log.same[0]
     if log.text or dataset == "cifar10" and not Path(folder, "cifar-10-batches-bin").exists():
         return None

@@ -1,13 +1,14 @@
 """Learn what to skip: gates trained with back-propagation through the Gumbel-softmax trick.
 
-A small gate before every block computes a score z from its input, and the block runs or does not:
+A small gate before every block but the first computes a score z, and F, the block, the MLP of one
+token or a group of its neurons (`--grain`), runs or does not:
 
     x <- x + g * F(x),      g = 1 if z > 0 else 0
 
 A step has no gradient, so z could not be learned. The trick: argmax_j (s_j + Gumbel noise_j) draws
 choice j with probability softmax(s)_j; take this hard sample forward, and backward the gradient of
 softmax((s + noise) / temperature). To run or not is k = 2 with the scores (z, 0). The gradient is
-not exact, but it has little noise.
+inexact, but has little noise.
 
 The static network trains alone first; then gates join, and their budget falls from 1 to its value.
 The loss is the cross-entropy + 10 (mean MACs - budget)^2 over a batch; applied to each example, the
@@ -238,10 +239,11 @@ def mutual_information(gates, label):
 def gradient_noise(model, x, y, repeats=30):
     """How noisy is each estimator? Root of the total variance, over repeats on one batch, of the
     gradient of the task by the gates' parameters, over the length of its mean; nan: too noisy."""
+    x, y = network_input(x[:7]), y[:7].long()       # without an eighth there are no targets
     kept, noise = (model.estimator, model.budget_weight), {}
     model.budget_weight = 0.0
     for model.estimator in ESTIMATORS:
-        losses = (model.loss(network_input(x), y.long(), 1.0)[0] for _ in range(repeats))
+        losses = (model.loss(x, y, 1.0)[0] for _ in range(repeats))
         gradients = torch.stack([nn.utils.parameters_to_vector(
             torch.autograd.grad(loss, list(model.gates.parameters()))) for loss in losses])
         variance = gradients.var(0).sum()
@@ -275,7 +277,7 @@ def main(cfg):
     kind, shuffled = (each.repeat(len(by_gate) // len(label))
                       for each in (label, np.random.default_rng(0).permutation(label)))
     bits, chance = mutual_information(by_gate, kind), mutual_information(by_gate, shuffled)
-    noise = gradient_noise(model, *(part[:32] for part in data["calibration"]))
+    noise = gradient_noise(model, *data["calibration"])
     figure, free = draw(cfg, data, model, result, sweep, random)
     axis, kinds = free.subplots(), np.bincount(kind).argsort()[::-1][:16]   # the most frequent ones
     image = axis.imshow([by_gate[kind == each].mean(0) for each in kinds], aspect="auto", vmin=0,

@@ -300,19 +300,18 @@ def test_constant_macs_rank_nothing(run, tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_told_is_unknown(run, tmp_path, monkeypatch):
-    """One seed; a log of one's own with nothing but what the README asks for."""
+    """One seed; a log with nothing but what the README asks for; a random control at other MACs."""
     few_samples(monkeypatch)
-
     def bare(arrays, meta, count):
+        meta["random"] = [dict(accuracy=0.6, budget=0.01)] * 4
         if meta["name"] == "my_method":
             for key in ("wall_clock", "options", "script", "random"):
                 del meta[key]
-
     simulate(tmp_path, ["early_exit", "my_method"], [0], change=bare)
     status, printed, errors = run(tmp_path)
     assert status == 0 and "of early_exit and my_method" in printed and "mean raw rho" in printed, errors
     assert "| early_exit and my_method | unknown | unknown | " in printed
-    assert "unknown: something to compare with" in printed
+    assert "0.6000" not in printed and "unknown: something to compare with" in printed
 
 
 def test_text(run, tmp_path):

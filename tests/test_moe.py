@@ -133,6 +133,9 @@ def test_the_control_deals_counts_and_the_router_names_the_experts():
     order = needed[first].argsort(-1)
     ranked = found[first].gather(-1, order)
     assert (ranked[..., 1:] <= ranked[..., :-1]).all()
+    relu, everything = build(script, "pydoc"), torch.ones(2, 8, 64, 8)
+    _, scores, _, found = relu.all_experts(x, decisions=everything)
+    assert torch.equal(found > 0, scores > 0)               # of weight 0 nothing runs, nothing is counted
 
 
 def test_balance_loss_is_one_at_uniform_load():
