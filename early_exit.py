@@ -84,7 +84,7 @@ def certainty(logits, criterion):
 
 class Readout(nn.Module):
     """LayerNorm and a small network, for a head or a gate: characters (..., C) -> (..., out); or
-    images (n, 64, C) -> (n, out), 8 x 8 tokens averaged to 4 x 4: it sees where things are."""
+    images (n, 64, C) -> (n, out), 8 x 8 tokens first averaged to 4 x 4: it sees where things are."""
 
     def __init__(self, width, sizes, image):
         super().__init__()
@@ -96,10 +96,11 @@ class Readout(nn.Module):
         self.macs = sum(a * b for a, b in zip(sizes, sizes[1:]))
 
     def forward(self, x):
-        x = self.norm(x)
         if self.image:
-            x = F.avg_pool2d(x.transpose(1, 2).unflatten(2, (8, 8)), 2).flatten(1)      # (n, 16 C)
-        return self.out(x)
+            grid = x.transpose(1, 2).unflatten(2, (8, 8))
+            x = F.avg_pool2d(grid, 2).flatten(2).transpose(1, 2)                # (n, 16, C)
+        x = self.norm(x)
+        return self.out(x.flatten(1) if self.image else x)
 
 
 def exit_weights(gate):

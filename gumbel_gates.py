@@ -3,26 +3,25 @@
 A small gate before every block but the first computes a score z, and F, the block, the MLP of one
 token or a group of its neurons (`--grain`), runs or does not:
 
-    x <- x + g * F(x),      g = 1 if z > 0 else 0
+    x <- x + g * sigmoid(z) * F(x),      g = 1 if z > 0 else 0
 
-A step has no gradient, so z could not be learned. The trick: argmax_j (s_j + Gumbel noise_j) draws
+A step has no gradient, so g could not be learned. The trick: argmax_j (s_j + Gumbel noise_j) draws
 choice j with probability softmax(s)_j; take this hard sample forward, and backward the gradient of
 softmax((s + noise) / temperature). To run or not is k = 2 with the scores (z, 0). The gradient is
-inexact, but has little noise.
+inexact, but has little noise. The factor sigmoid(z) tells what runs how much it helps.
 
 The static network trains alone first; then gates join, and their budget falls from 1 to its value.
 The loss is the cross-entropy + 10 (mean MACs - budget)^2 over a batch; applied to each example, the
-budget would make all alike. An eighth of each batch also runs with all gates open, and its answers
-are targets for the gated ones. Afterwards there is no noise: a block runs where z > threshold.
+budget would make all alike. For an eighth of each batch all gates are open, so that the whole
+network goes on learning. Afterwards there is no noise: a block runs where z > threshold.
 
     python gumbel_gates.py                                   # CIFAR-10
     python gumbel_gates.py --dataset shakespeare             # characters
     python gumbel_gates.py --grain layer --estimator reinforce
 
 Papers: Jang et al. 2017, Maddison et al. 2017 (the trick); Veit and Belongie 2018 (ConvNet-AIG);
-Rao et al. 2021 (DynamicViT); Meng et al. 2022 (AdaViT); Wang et al. 2018 (SkipNet). Deviations: one
-budget on all MACs, not a rate for each gate; an MLP's output bias is added whether it runs or not;
-in a text gates decide for single characters: a mean over the window would show later ones.
+Rao et al. 2021 (DynamicViT); Wang et al. 2018 (SkipNet); Raposo et al. 2024 (gate x probability).
+Deviation: one budget on all MACs, not a rate for each gate.
 """
 import argparse
 import bisect
@@ -156,7 +155,8 @@ class Model(nn.Module):
             layers.append((z, gates))
             up, _, down = block.mlp
             h = up(block.mix(x)).relu().unflatten(-1, (self.units, -1))         # (B, T, U, H / U)
-            x = x + block.drop(down((h * gates[..., None]).flatten(2)))
+            factor = gates * z.sigmoid()
+            x = x + block.drop(down((h * factor[..., None]).flatten(2)))
         return self.net.head(x), *(torch.stack(part) for part in zip(*layers))
 
     def dense(self, x, threshold=None, decisions=None):
@@ -166,30 +166,28 @@ class Model(nn.Module):
 
     def loss(self, x, y, progress):
         """What training minimises, and numbers for the progress bar. With reinforce its value means
-        nothing, its gradient does; and gates do not learn from the targets."""
-        if progress < 0.4:
+        nothing, its gradient does."""
+        if progress < 0.2:
             logits = self.net(x)
             loss = F.cross_entropy(logits.movedim(-1, 1), y)
             return loss, dict(loss=loss, accuracy=(logits.argmax(-1) == y).float().mean())
         n = len(x) // 8
-        logits, z, gates = self.all_gates(torch.cat([x[:n], x]), opened=n)
-        each = F.cross_entropy(logits.movedim(-1, 1), torch.cat([y[:n], y]), reduction="none")
-        teacher = logits[:n].detach().softmax(-1)
-        taught = F.cross_entropy(logits[n:2 * n].movedim(-1, 1), teacher.movedim(-1, 1)) if n else 0
-        macs = self.count_macs(gates[:, n:])[0] / self.net.macs                 # (B,)
-        budget = max(self.budget, 1 - (1 - self.budget) * (progress - 0.4) / 0.3)
+        logits, z, gates = self.all_gates(x, opened=n)
+        each = F.cross_entropy(logits.movedim(-1, 1), y, reduction="none")
+        macs = self.count_macs(gates[:, n:])[0] / self.net.macs                 # (B - n,)
+        budget = max(self.budget, 1 - (1 - self.budget) * (progress - 0.2) / 0.3)
         excess = macs.mean() - budget
-        loss = each.mean() + taught + self.budget_weight * excess.square()
-        right = (logits[n:].argmax(-1) == y).float().mean()
+        loss = each.mean() + self.budget_weight * excess.square()
         if self.estimator == "reinforce":
             with torch.no_grad():       # greedy gates are the baseline, for the loss and for MACs
-                greedy, _, best = self.all_gates(x, 0.0)
-                better = F.cross_entropy(greedy.movedim(-1, 1), y, reduction="none") - each[n:]
+                greedy, _, best = self.all_gates(x[n:], 0.0)
+                better = F.cross_entropy(greedy.movedim(-1, 1), y[n:], reduction="none") - each[n:]
                 cheaper = self.count_macs(best)[0] / self.net.macs - macs
-            share = len(x) / (len(x) + n)               # of the sampled ones in the mean
+            share = len(macs) / len(x)                  # of the sampled ones in the mean
             advantage = share * better.reshape(len(macs), -1).mean(1)
             advantage = advantage + 2 * self.budget_weight * excess * cheaper
             loss = loss + score_function(z[:, n:], gates[:, n:], advantage)
+        right = (logits.argmax(-1) == y).float().mean()
         return loss, dict(loss=each.mean(), accuracy=right, macs=macs.mean())
 
     def masked(self, x, threshold):
@@ -201,16 +199,18 @@ class Model(nn.Module):
         """What is closed is given no image, or no token -> logits, macs, token_macs."""
         x, decisions = self.net.blocks[0](self.net.embed(x)), []
         for block, gate in self.gated_blocks():
-            gates = self.score(block, gate, x) > threshold                      # (B, R, U)
-            decisions.append(gates.long())
+            z = self.score(block, gate, x)                                      # (B, R, U)
+            decisions.append((z > threshold).long())
             up, _, down = block.mlp
             mixed = None if self.by_block else block.mix(x)
             parts = [each.chunk(self.units) for each in (up.weight, up.bias, down.weight.t())]
             x, before = x + down.bias, x
-            units = gates if self.by_token else gates[:, 0]                     # (B or B, T, U)
-            for runs, w1, b1, w2 in zip(units.unbind(-1), *parts):
+            z = z if self.by_token else z[:, 0]                                 # (B or B, T, U)
+            for score, w1, b1, w2 in zip(z.unbind(-1), *parts):
+                runs = score > threshold
                 h = block.mix(before[runs]) if self.by_block else mixed[runs]   # (n or n, T, C)
-                x[runs] += F.linear(h, w1, b1).relu() @ w2
+                factor = score[runs].sigmoid().view(-1, *[1] * (h.ndim - 1))
+                x[runs] += F.linear(h, w1, b1).relu() @ w2 * factor
         return self.net.head(x), *self.count_macs(decisions)
 
     def count_macs(self, decisions):

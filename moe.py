@@ -110,31 +110,32 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """E experts of h neurons each: expert e is neurons e h to (e + 1) h of one wide MLP. A shared
-    expert of half the size always runs; its output bias is the layer's."""
+    """E experts of h neurons each; and a shared one of half the size, which always runs, and whose
+    output bias is the layer's."""
 
     def __init__(self, width, experts, hidden):
         super().__init__()
         half = max(hidden // 2, 1)
         self.shared = nn.Sequential(nn.Linear(width, half), nn.ReLU(), nn.Linear(half, width))
-        self.up = nn.Linear(width, experts * hidden)
-        self.down = nn.Linear(experts * hidden, width, bias=False)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width, bias=False))
+            for _ in range(experts))
 
     def forward(self, x, weight):
         """x (..., C), weight (..., E) -> the weighted sum of all experts' outputs (..., C)."""
-        h = self.up(x).relu().unflatten(-1, (weight.shape[-1], -1))             # (..., E, h)
-        return self.shared(x) + self.down((h * weight[..., None].to(h.dtype)).flatten(-2))
+        return self.shared(x) + sum(weight[..., e, None].to(x.dtype) * expert(x)
+                                    for e, expert in enumerate(self.experts))
 
     def dispatch(self, x, weight):
-        """The same, at the cost of the experts whose weight is not 0: tokens are gathered expert by
-        expert, go through their experts, and are added up where they came from."""
-        E, tokens, weight = weight.shape[-1], x.flatten(0, -2), weight.flatten(0, -2)
-        expert, token = weight.t().nonzero(as_tuple=True)                       # sorted by expert
-        given = tokens.index_select(0, token).split(expert.bincount(minlength=E).tolist())
-        parts = (self.up.weight.chunk(E), self.up.bias.chunk(E), self.down.weight.t().chunk(E))
-        y = torch.cat([F.linear(own, w1, b1).relu() @ w2 for own, w1, b1, w2 in zip(given, *parts)])
-        y = y * weight[token, expert, None].to(y.dtype)
-        return self.shared(tokens).index_add(0, token, y).view_as(x)
+        """The same, at the cost of the experts whose weight is not 0: each is given its tokens, and
+        its answers are added up where they came from."""
+        tokens, weight = x.flatten(0, -2), weight.flatten(0, -2).t()            # (N, C), (E, N)
+        y = self.shared(tokens)
+        for w, expert in zip(weight, self.experts):
+            chosen = w.nonzero().squeeze(-1)
+            answers = expert(tokens[chosen]) * w[chosen, None]
+            y = y.index_add(0, chosen, answers.to(y.dtype))
+        return y.view_as(x)
 
 
 class Model(nn.Module):
@@ -158,7 +159,6 @@ class Model(nn.Module):
         self.k = float(k) if relu else max(1, round(k) if cfg.routing == "top_k" else float(k))
         self.cheapest, self.full = (-1e9, 0.0) if relu else (0.0, 1.001)    # shared alone, and all
         self.register_buffer("threshold", torch.tensor(0.0 if relu else self.k / E))
-        self.register_buffer("wanted", self.threshold.clone())      # gave k in the last batch
         self.register_buffer("penalty", torch.tensor(1e-3))             # on weights, for relu
 
     def all_experts(self, x, threshold=None, decisions=None, dispatch=False):
@@ -170,11 +170,11 @@ class Model(nn.Module):
             h = block.mix(x)
             scores = router(h)
             weight, needed = weigh(scores, self.routing)
-            chosen = needed < threshold
+            chosen = (needed < threshold) & (weight > 0)
             if decisions is not None:           # as many experts, those that the router prefers
                 count = decisions[layer].sum(-1, keepdim=True)
                 chosen = needed.argsort(dim=-1, stable=True).argsort(-1) < count
-            chosen = (chosen & (weight > 0)).to(weight.dtype)
+            chosen = chosen.to(weight.dtype)
             layers.append((scores, needed, chosen))
             run = block.mlp.dispatch if dispatch else block.mlp
             x = x + block.drop(run(h, weight * chosen))
@@ -186,10 +186,7 @@ class Model(nn.Module):
         return logits, chosen
 
     def loss(self, x, y, progress):
-        """What training minimises, and numbers for the progress bar. The threshold moves before the
-        forward pass: activation checkpointing runs that again, and must find the same one."""
-        if self.training:
-            self.threshold.lerp_(self.wanted, 0.1)
+        """What training minimises, and numbers for the progress bar."""
         logits, scores, needed, chosen = self.all_experts(x, dispatch=True)
         loss, run = F.cross_entropy(logits.movedim(-1, 1), y), chosen.sum(-1).mean()
         shown = dict(loss=loss, accuracy=(logits.argmax(-1) == y).float().mean(), experts=run)
@@ -200,7 +197,7 @@ class Model(nn.Module):
             used = balance_loss(scores.relu().flatten(1, 2), counted.flatten(1, 2)).mean()
             return loss + self.penalty * used, shown
         if self.training:
-            self.wanted.copy_(threshold_for(needed, self.k))
+            self.threshold.lerp_(threshold_for(needed, self.k), 0.1)
         p, log_p = scores.softmax(-1), scores.log_softmax(-1)
         balance = balance_loss(p.flatten(1, 2), chosen.flatten(1, 2)).mean()
         small = scores.logsumexp(-1).square().mean()                # keeps scores small

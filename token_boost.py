@@ -5,27 +5,24 @@ layer of an MLP into N slices of H / N neurons: each is a learner, and with the 
 
     y_k = b + L_1(x) + ... + L_k(x),      L_n(x) = W2[:, n] relu(W1[n] x + b1[n])
 
-y_0 is the output bias alone, y_N the whole MLP, as in the static network. A small gate reads a
-token and says how many of its learners run, from none to all, in each layer. Four phases train it:
+y_0 is the output bias alone, y_N the whole MLP. A small gate reads a token and gives each learner a
+score; a learner runs if its score, and those of all before it, are above a price. One price holds
+for all layers and tokens: whoever gains most from the next learner gets it.
 
-    dense    the static network; at its end neurons are sorted, the most useful first
-    distil   prefixes learn to stand in for the trained MLP, each by its last learner only
-    gates    learn for each token the smallest k after which the next learner lowers the error
-             |y_k - y|^2 by less than a factor of 1.2
-    task     everything, with counts sampled by the gates (Gumbel-softmax): the cross-entropy
-             + 10 (mean MACs - budget)^2 - 0.05 entropy of the counts, so that all are in use,
-             - 0.1 mean difference between two images' learners, so that images differ. An eighth
-             of each batch runs all learners, or nothing above the budget would be trained
+The static network trains alone first; then its neurons are sorted, the most useful first, and gates
+join. Each batch has a budget, drawn around `--budget`, and the price that meets it, a quantile of
+the scores seen last. Scores carry noise, and learn by the straight-through gradient of a sigmoid.
+An eighth of a batch runs all learners, an eighth as many for all tokens of an example, drawn at
+random: so every prefix is a working MLP. No loss term asks for a budget, or that inputs differ.
 
     python token_boost.py                                    # CIFAR-10
     python token_boost.py --dataset shakespeare              # characters
 
-Paper: Wójcik et al. 2023, Adaptive Computation Modules. Deviations: learners are slices of the MLP
-itself; afterwards learner n runs where the log-odds of P(count >= n) exceed a threshold.
+Papers: Wójcik et al. 2023, Adaptive Computation Modules; Yu et al. 2019 (the sandwich rule).
+Deviations: learners are slices of the MLP itself; a price in place of budget and entropy losses.
 """
 import argparse
 import bisect
-import copy
 import functools
 import hashlib
 import itertools
@@ -63,41 +60,21 @@ def options(argv=None):
 # characters.
 
 # === the mechanism ===
-def at_least(p):
-    """p (..., N + 1), of the counts 0 to N -> P(count >= n) (..., N), n = 1 to N: never rising, so
-    a token that runs a learner runs all before it."""
-    return p.flip(-1).cumsum(-1).flip(-1)[..., 1:]
-
-
-def log_odds(z):
-    """Gate logits z (..., N + 1) -> log(P(count >= n) / P(count < n)) (..., N), n = 1 to N. Without
-    the logarithms P would soon be 1 in all of its digits."""
-    z = z.float()
-    return z.flip(-1).logcumsumexp(-1).flip(-1)[..., 1:] - z.logcumsumexp(-1)[..., :-1]
-
-
-def enough(errors, factor=1.2):
-    """Squared errors (N + 1, ...) of y_0 to y_N -> the smallest k (...) after which the next does
-    not divide the error by more than `factor`; N where all do, 0 where not even the first."""
-    worth = errors[:-1] > factor * errors[1:]                                   # (N, ...)
-    return worth.int().cumprod(0).sum(0)
-
-
 class Gate(nn.Module):
-    """A small network: (..., C) -> logits (..., N + 1) of the counts 0 to N, at first all N with
-    probability 0.87."""
+    """A small network: tokens (..., C) -> scores of the learners (..., N), never rising: a token
+    that runs a learner runs all before it."""
 
     def __init__(self, width, learners, hidden=16):
         super().__init__()
         self.hidden = nn.Linear(width, hidden)
-        self.out = nn.Linear(hidden, learners + 1)
-        nn.init.normal_(self.out.weight, std=0.001)
-        nn.init.zeros_(self.out.bias)
-        nn.init.constant_(self.out.bias[-1:], math.log(learners * 0.87 / 0.13))
-        self.macs = width * hidden + hidden * (learners + 1)
+        self.out = nn.Linear(hidden, learners)
+        self.macs = width * hidden + hidden * learners
 
-    def forward(self, x):
-        return self.out(self.hidden(x).relu())
+    def forward(self, x, noise=False):
+        z = self.out(self.hidden(x).relu()).float()
+        if noise:
+            z = z + torch.rand_like(z).logit(1e-6)      # logistic: z > price by sigmoid(z - price)
+        return z.cummin(-1).values
 
 
 class BoostedMLP(nn.Module):
@@ -115,15 +92,6 @@ class BoostedMLP(nn.Module):
         if runs is not None:
             h = (h.unflatten(-1, (self.learners, -1)) * runs[..., None].to(h.dtype)).flatten(-2)
         return self.down(h)
-
-    def prefixes(self, x):
-        """x (..., C) -> y_0 to y_N (N + 1, ..., C), each with the gradient of its last learner."""
-        h = self.up(x).relu().unflatten(-1, (self.learners, -1))                # (..., N, H / N)
-        w2 = self.down.weight.unflatten(1, (self.learners, -1))                 # (C, N, H / N)
-        y = [self.down.bias.expand_as(x)]
-        for part in torch.einsum("...ns,cns->n...c", h, w2):
-            y.append(y[-1].detach() + part)
-        return torch.stack(y)
 
     def first(self, x, count):
         """x (..., C), count (...): tokens that want the same k run k learners, in one product."""
@@ -146,100 +114,109 @@ class BoostedMLP(nn.Module):
 
 
 class Model(nn.Module):
-    """The static network with a gate in every block. Learner n runs where the log-odds of
-    P(count >= n) are above the threshold; 0 is the rule P > 1/2."""
-    cheapest, full = 1e9, -1e9          # far outside the log-odds: no learner runs; all do
+    """The static network with a gate in every block. A learner runs if its score is above the
+    threshold, the price."""
+    cheapest, full = 1e9, -1e9          # far outside the scores: no learner runs; all do
 
     def __init__(self, cfg):
         super().__init__()
-        self.net, self.text, self.budget = StaticNet(cfg), cfg.text, cfg.budget
-        C, self.learners = cfg.width, cfg.learners
+        self.net, self.budget, C = StaticNet(cfg), cfg.budget, cfg.width
+        self.learners, self.sorted = cfg.learners, False
         for block in self.net.blocks:
             block.mlp = BoostedMLP(C, 4 * C, cfg.learners)
         self.gates = nn.ModuleList(Gate(C, cfg.learners) for _ in range(cfg.depth))
         self.learner_macs = 8 * C * C // cfg.learners                           # of one token
         self.fixed_macs = self.net.token_macs + cfg.depth * (self.gates[0].macs - 8 * C * C)
-        self.teacher = []               # the trained static network; a list keeps it out of state
+        self.price = torch.tensor(0.0)
 
     def dense(self, x, threshold=None, decisions=None):
         """All learners are computed -> logits, and which of them run (L, B, T, N). Without a
-        threshold counts are sampled, but the first eighth of the batch runs all."""
-        x, layers = self.net.embed(x), []
+        threshold they are sampled, as training needs it."""
+        logits, runs, _ = self.all_learners(x, threshold, decisions)
+        return logits, runs
+
+    def all_learners(self, x, threshold=None, decisions=None):
+        """The same, and the scores (L, B, T, N)."""
+        x, layers, scores = self.net.embed(x), [], []
+        count = torch.randint(self.learners + 1, (len(x) // 8, 1, 1), device=x.device)
         for layer, (block, gate) in enumerate(zip(self.net.blocks, self.gates)):
             h = block.mix(x)
+            z = gate(h.detach(), noise=threshold is None)
             if decisions is not None:
                 runs = decisions[layer]
             elif threshold is not None:
-                runs = (log_odds(gate(h)) > threshold).to(h.dtype)
+                runs = (z > threshold).to(h.dtype)
             else:
-                runs = at_least(F.gumbel_softmax(gate(h).float(), tau=0.8, hard=True))
-                runs = torch.cat([torch.ones_like(runs[:len(x) // 8]), runs[len(x) // 8:]])
+                runs = self.sample(z, count)
             layers.append(runs)
+            scores.append(z)
             x = x + block.drop(block.mlp(h, runs))
-        return self.net.head(x), torch.stack(layers)
+        return self.net.head(x), torch.stack(layers), torch.stack(scores)
+
+    def sample(self, z, count):
+        """Noisy scores (B, T, N), count (n, 1, 1) -> learners that run in training (B, T, N): all of
+        them in the first n examples, `count` for every token in the next n."""
+        soft = (z - self.price).sigmoid()
+        runs = (soft > 0.5).to(soft.dtype) + soft - soft.detach()               # straight through
+        even = (torch.arange(self.learners, device=z.device) < count).expand(-1, *z.shape[1:])
+        return torch.cat([torch.ones_like(even), even, runs[2 * len(count):]])
 
     def loss(self, x, y, progress):
-        """What training minimises, and numbers for the progress bar, in four phases."""
-        if progress >= 0.5 and not self.teacher:
-            for block, h in zip(self.net.blocks, self.prefix_errors(x)[1]):
-                block.mlp.sort(h)
-            torch.clear_autocast_cache()                # which holds the unsorted weights
-            self.teacher.append(copy.deepcopy(self.net).eval())
-        if 0.5 <= progress < 0.7:
-            errors, seen = self.prefix_errors(x)
-            if progress < 0.65:
-                return errors.mean(), dict(first=errors[:, 1].mean(), last=errors[:, -1].mean())
-            label = enough(errors.detach().transpose(0, 1))                     # (L, B, T)
-            logits = torch.stack([gate(h) for gate, h in zip(self.gates, seen)])
-            loss = F.cross_entropy(logits.movedim(-1, 1), label)
-            return loss, dict(loss=loss, accuracy=(logits.argmax(-1) == label).float().mean())
-        logits, runs = self.dense(x) if self.teacher else (self.net(x), None)
-        loss = F.cross_entropy(logits.movedim(-1, 1), y)
-        shown = dict(loss=loss, accuracy=(logits.argmax(-1) == y).float().mean())
-        if not self.teacher:
-            return loss, shown
-        runs = runs[:, len(x) // 8:]                            # without those that ran all
-        macs = self.count_macs(runs)[0].mean() / self.net.macs
-        rates = runs.mean((0, 1, 2))                            # of learner 1 to N
-        counts = -rates.diff(prepend=rates.new_ones(1), append=rates.new_zeros(1))      # (N + 1,)
-        entropy = -(counts * (counts + 1e-6).log()).sum() / math.log(len(counts))
-        share = runs.mean((0, 2, 3))                                            # (B,)
-        difference = 0 if self.text else (share[:, None] - share).abs().mean()
-        total = loss + 10 * (macs - self.budget).square() - 0.05 * entropy - 0.1 * difference
-        return total, shown | dict(macs=macs)
+        """What training minimises, and numbers for the progress bar."""
+        if progress < 0.2:
+            logits = self.net(x)
+            loss = F.cross_entropy(logits.movedim(-1, 1), y)
+            return loss, dict(loss=loss, accuracy=(logits.argmax(-1) == y).float().mean())
+        if not self.sorted:
+            self.sort(x)
+        logits, runs, scores = self.all_learners(x)
+        loss, free = F.cross_entropy(logits.movedim(-1, 1), y), 2 * (len(x) // 8)
+        macs = self.count_macs(runs[:, free:].detach())[0].mean() / self.net.macs
+        self.meet(self.budget + 0.4 * torch.rand(()).item() - 0.2, scores[:, free:].detach())
+        right = (logits.argmax(-1) == y).float().mean()
+        return loss + 0.001 * scores.square().mean(), dict(loss=loss, accuracy=right, macs=macs)
 
-    def prefix_errors(self, x):
-        """Squared errors of y_0 to y_N against the teacher's MLPs on its own inputs, in units of
-        the variance of a layer's y (L, N + 1, B, T); and those inputs, L times (B, T, C)."""
-        teacher, errors, seen = (self.teacher or [self.net])[0], [], []
-        state = teacher.embed(x).detach()
-        for block, trained in zip(self.net.blocks, teacher.blocks):
-            with torch.no_grad():
-                seen.append(trained.mix(state))
-                y = trained.mlp(seen[-1])
-                variance = (y - y.mean((0, 1))).float().square().sum(-1).mean()
-                state = state + y
-            errors.append((block.mlp.prefixes(seen[-1]) - y).float().square().sum(-1) / variance)
-        return torch.stack(errors), seen
+    def meet(self, budget, scores):
+        """Set the price at which tokens with such scores spend a budget."""
+        tokens = len(self.net.position)
+        least = self.net.example_macs + tokens * self.fixed_macs
+        most = least + tokens * len(self.gates) * self.learners * self.learner_macs
+        share = (budget * self.net.macs - least) / (most - least)               # of learners
+        self.price = scores.flatten()[::7].quantile(1 - min(max(share, 0), 1))
+
+    @torch.no_grad()
+    def sort(self, x):
+        """Sort the neurons of every layer by their use on a batch."""
+        x = self.net.embed(x)
+        for block in self.net.blocks:
+            block.mlp.sort(block.mix(x))
+            x = block(x)
+        self.sorted = True
 
     def masked(self, x, threshold):
         """Computes everything, counts what was chosen -> logits, macs (B,), token_macs (B, T)."""
         logits, runs = self.dense(x, threshold)
         return logits, *self.count_macs(runs.long())
 
+    def even(self, x, count):
+        """The same, with the first `count` learners for every token."""
+        runs = x.new_zeros(len(self.gates), len(x), len(self.net.position), self.learners, dtype=int)
+        runs[..., :count] = 1
+        logits, runs = self.dense(x, decisions=runs)
+        return logits, *self.count_macs(runs)
+
     def skipping(self, x, threshold):
         """Every token runs its first learners and no others -> logits, macs, token_macs."""
         x, decisions = self.net.embed(x), []
         for block, gate in zip(self.net.blocks, self.gates):
             h = block.mix(x)
-            runs = (log_odds(gate(h)) > threshold).long()
+            runs = (gate(h) > threshold).long()
             decisions.append(runs)
             x = x + block.mlp.first(h, runs.sum(-1))
         return self.net.head(x), *self.count_macs(decisions)
 
     def count_macs(self, decisions):
-        """Which learners run, L times (B, T, N) of 0 and 1 -> macs (B,), token_macs (B, T); with a
-        gradient if the decisions have one."""
+        """Which learners run, L times (B, T, N) of 0 and 1 -> macs (B,), token_macs (B, T)."""
         count = sum(runs.sum(-1) for runs in decisions)
         token_macs = self.fixed_macs + count * self.learner_macs
         return self.net.example_macs + token_macs.sum(1), token_macs
@@ -258,26 +235,28 @@ def main(cfg):
         sweep[budget] = evaluate(model.skipping, data["test"], each)
         random.append(summary(model, evaluate_random(model, data["test"], each)))
     clock = wall_clock(cfg, model, data["test"][0], threshold)
-    means = save(log, cfg, data, model, seconds, result, sweep, wall_clock=clock, random=random)
+    even = [summary(model, evaluate(model.even, data["test"], k)) for k in range(cfg.learners + 1)]
+    means = save(log, cfg, data, model, seconds, result, sweep, wall_clock=clock, random=random,
+                 even=even)
 
-    model.teacher.clear()           # from here on errors are against its own whole MLPs
     with torch.no_grad():
-        batches = [network_input(x) for x in data["calibration"][0].split(250)]
-        counts = torch.cat([model.dense(x, threshold)[1].sum(-1) for x in batches], 1)  # (L, B, T)
-        errors = torch.stack([model.prefix_errors(x)[0].mean((2, 3)) for x in batches]).mean(0)
+        counts = torch.cat([model.dense(network_input(x), threshold)[1].sum(-1)
+                            for x in data["calibration"][0].split(250)], 1)     # (L, B, T)
     figure, free = draw(cfg, data, model, result, sweep, random)
-    learners, error = free.subplots(1, 2)
+    learners, prefixes = free.subplots(1, 2)
     share = [(counts == k).float().mean((1, 2)).tolist() for k in range(cfg.learners + 1)]
     image = learners.imshow(share, aspect="auto", vmin=0, origin="lower")
     learners.set(title="share of tokens", xlabel="layer", ylabel="learners that run",
                  xticks=range(cfg.depth))
     free.colorbar(image, ax=learners)
-    error.plot(errors.T.cpu().numpy())
-    error.set(title="error of y_k against the whole MLP, by layer", xlabel="k")
+    prefixes.plot([each["loss"] for each in even], "o-")
+    prefixes.set(title="loss with the first k learners everywhere", xlabel="k", yscale="log")
     figure.savefig(picture, dpi=120)
     print(*means, sep="\n")
     print("mean learners by layer:", *(f"{k:.2f}" for k in counts.float().mean((1, 2))))
-    print("error of y_k, mean over layers:", *(f"{each:.3f}" for each in errors.mean(0)))
+    for k, each in enumerate(even):
+        quality = ", ".join(f"{key} {mean:.4f}" for key, mean in each.items())
+        print(f"{k} learners for every token: {quality}")
     print(f"wrote {log} and {picture}")
 
 
