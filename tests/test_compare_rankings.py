@@ -360,7 +360,7 @@ def test_words_and_numbers():
 @pytest.mark.parametrize("key, value, message", (
     ("test_sha256", "1" * 64, "test split or its order differ"), ("dataset", "shapes", "test split or its order differ"),
     ("label", np.zeros(1500), "test split or its order differ"), ("schema", 1, "unknown schema"),
-    ("options", dict(width=32, depth=2, epochs=4), "epochs or steps differ"), ("static_macs", 0, "of the wrong kind"),
+    ("options", dict(width=32, depth=2, epochs=4), "epochs differ"), ("static_macs", 0, "of the wrong kind"),
     ("static_macs", np.nan, "of the wrong kind"), ("seed", "1", "of the wrong kind"),
     ("size", "../../elsewhere", "contains a folder"), ("sweep_macs", None, "KeyError: 'sweep_macs'"),
     ("macs", -np.ones(1500), "macs holds"), ("loss", np.ones(1499), "loss has shape"),
@@ -441,7 +441,7 @@ def test_help_explains_every_option(run):
 def test_train_from_nothing_and_resume(run, tmp_path, monkeypatch):
     """What is missing, and no more; a run that fails does not stop the others. (Two methods, for time.)"""
     monkeypatch.setattr(script, "METHODS", ("relu_sparsity", "moe"))
-    options = ("--train", "--dataset", "pydoc", "--size", "tiny", "--seeds", 1, "--device", "cpu", "--steps", 5)
+    options = ("--train", "--dataset", "pydoc", "--size", "tiny", "--seeds", 1, "--device", "cpu", "--epochs", 0.05)
     status, printed, errors = run(*options)
     logs = tmp_path / "logs/pydoc-tiny"
     assert status == 0, errors

@@ -48,7 +48,7 @@ def test_a_method_of_your_own(tmp_path, monkeypatch):
     model, data = build(script), script.load_data(cfg)
     log, _ = script.output_paths(cfg)
     result = script.evaluate(model.masked, data["test"], 0.0)
-    script.save(log, cfg, data, model, 0.0, result, {0.7: result}, wall_clock={})
+    script.save(log, cfg, data, model, 0.0, result, [result], wall_clock={})
     block, = (b for b in blocks if "np.load" in b)
     exec(block, {})
     logs = compare_rankings.gather([log.parent])

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import token_boost as script
-from conftest import build, configure, inputs
+from conftest import build, configure, inputs, steps
 
 DATASETS = ("shapes", "pydoc")
 
@@ -244,11 +244,11 @@ def test_each_phase_moves_its_own_part():
 def test_training_boosts_and_meets_the_budget():
     """The phases on text: the first learners stand in for the trained MLP, in every layer."""
     torch.manual_seed(0)
-    cfg = configure(script, "pydoc", "tiny", "--steps", "200", "--budget", "0.6")
+    cfg = configure(script, "pydoc", "tiny", *steps(200), "--budget", "0.6")
     data, model = script.load_data(cfg), script.Model(cfg)
     script.train(model, data, cfg)
     errors = model.prefix_errors(script.network_input(data["calibration"][0][:50]))[0].mean((2, 3))
     assert (errors.diff() < 0.01).all() and (errors[:, 1] < 0.9 * errors[:, 0]).all()
-    threshold, _ = script.calibrate(model, [part[:100] for part in data["calibration"]], 0.6)
+    threshold = script.calibrate(model, [part[:100] for part in data["calibration"]], 0.6)
     result = script.evaluate(model.skipping, [part[:100] for part in data["test"]], threshold)
     assert script.summary(model, result)["budget"] == pytest.approx(0.6, abs=0.05)
