@@ -515,12 +515,12 @@ def compare(logs, args):
         pictures["agreement"] = draw_agreement(rankings + measures, found)
         if measures:
             pictures["deciles"] = draw_deciles(rankings, measures)
-        ranked = [log for log in choosing if np.ptp(log.macs) > 0]
-        images = test_images(logs[0], args.data)
-        if images is not None:
-            pictures["examples"] = draw_images(ranked, images)
-        elif all("token_macs" in log.arrays for log in ranked):
-            pictures["examples"] = draw_passage(ranked)
+    ranked = [log for log in choosing if np.ptp(log.macs) > 0]
+    images = test_images(logs[0], args.data)
+    if ranked and images is not None:
+        pictures["examples"] = draw_images(ranked, images)
+    elif ranked and all("token_macs" in log.arrays for log in ranked):
+        pictures["examples"] = draw_passage(ranked)
     said = [f"**On {len(logs[0].macs):,} test examples of {dataset}, {answer}.**", "",
             "## Does it pay?", "", *paying_table(logs), *tables]
     return [*said, write(Path(args.out, "figures", f"{dataset}-{size}"), said, pictures)]

@@ -450,10 +450,10 @@ def shared_options(doc):
     parser = argparse.ArgumentParser(f"{SCRIPT}.py", "%(prog)s [options]", doc, formatter_class=raw)
     add = parser.add_argument
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    size = "base" if devices[0] == "cuda" else "small"
     add("--dataset", choices=["cifar10", "shakespeare", "shapes", "pydoc"], default="cifar10",
         help="the last two need no download (default: cifar10)")
-    add("--size", choices=list(SIZES), default=size, help="default: base on CUDA, else small")
+    add("--size", choices=list(SIZES), default="base" if devices[1:] else "small",
+        help="of the network (default: base where there is CUDA, else small)")
     add("--width", type=int, help="channels of a token (default: by --size, like the next two)")
     add("--depth", type=int, help="number of blocks")
     add("--epochs", type=float, help="passes over the training data")
@@ -548,12 +548,15 @@ def evaluate_random(model, split, threshold):
 
 
 def calibrate(model, split, budget):
-    """The threshold at which `masked` spends a budget, by bisection: the first to reach it."""
+    """The threshold at which `masked` spends a budget, by bisection; else the first above it."""
     few = [part[:2000] for part in split]    # enough to estimate a mean
     low, high = np.arcsinh([model.cheapest, model.full])    # even steps, growing if ends are far
     for _ in range(18):
         middle = (low + high) / 2
-        if summary(model, evaluate(model.masked, few, math.sinh(middle)))["budget"] < budget:
+        spent = summary(model, evaluate(model.masked, few, math.sinh(middle)))["budget"]
+        if abs(spent - budget) < 0.002:
+            return math.sinh(middle)
+        if spent < budget:
             low = middle
         else:
             high = middle
@@ -610,9 +613,9 @@ def save(log, cfg, data, model, seconds, result, sweep, **extra):
         threads=torch.get_num_threads(), torch=torch.__version__, device=chip, **extra)
     kept = ("label", "prediction", "macs", "token_macs" if cfg.text else "difficulty")
     arrays = {key: array for key, array in (result | data).items() if key in kept}
-    N = len(result["macs"])
-    loss = [run["loss"].reshape(N, -1).mean(1) for run in sweep]
-    correct = [(run["prediction"] == run["label"]).reshape(N, -1).mean(1) for run in sweep]
+    example = (len(result["macs"]), -1)
+    loss = [run["loss"].reshape(example).mean(1) for run in sweep]
+    correct = [(run["prediction"] == run["label"]).reshape(example).mean(1) for run in sweep]
     part = log.with_suffix(".part")    # half a log never looks like a log
     with open(part, "wb") as file:
         np.savez_compressed(

@@ -97,17 +97,6 @@ def test_spearman(x, y, rho):
         assert spearman(a, b) == pytest.approx(sign * rho, abs=1e-9)
 
 
-def test_spearman_of_many():
-    i = np.arange(10000)
-    u = (i * 7919 + 13) % 10007
-    v, X = u + (i * 104729) % 4001, np.digitize(u, [5000, 7500, 9000])
-    columns = np.stack([X, v, v // 400, u], 1)
-    rho = script.correlate(columns)
-    assert rho[0, 1] == pytest.approx(0.868150353538, abs=1e-9)
-    assert rho[3, 1] == pytest.approx(0.933016147134, abs=1e-9)
-    assert script.correlate(np.sort(columns, axis=0))[0, 1] == pytest.approx(0.924866980763, abs=1e-9)
-
-
 def test_tie_ceiling_of_two_ways_to_exit():
     """One difficulty, exit shares (.5, .5) and (.9, .1): they cannot agree more than to 1 / 3."""
     columns = np.stack([np.arange(100) >= 50, np.arange(100) >= 90], 1).astype(int)
@@ -348,13 +337,6 @@ def test_people_and_known_difficulty_are_columns(run, tmp_path, monkeypatch):
     assert abs(spearman(macs[0], loss[0]) - spearman(macs[0], loss[1])) > 0.02
     other_seed = [spearman(macs[0], loss[1]), spearman(macs[1], loss[0])]
     assert raw["static loss"] == pytest.approx(np.mean(other_seed), abs=0.006)
-
-
-def test_words_and_numbers():
-    said = [script.word(rho) for rho in (0.7, 0.69, 0.4, 0.2, 0.0, -0.2, -0.21, np.nan, 0.696)]
-    assert said == ["strong", "moderate", "moderate", "weak", "none", "none", "opposite", "unknown", "strong"]
-    assert script.spread([0.5]) == "0.50" and script.spread([-0.001, 0.001]) == "0.00 (0.00 to 0.00)"
-    assert script.spread([np.nan, 1]) == "unknown"
 
 
 @pytest.mark.parametrize("key, value, message", (

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import early_exit as script
-import results
 from conftest import build, configure, inputs, steps
 from test_contract import executed_macs
 
@@ -263,14 +262,5 @@ def test_the_control_deals_decisions_of_others():
     own, dealt = script.evaluate(model.masked, split, 0.5), script.evaluate_random(model, split, 0.5)
     assert (own["macs"][::-1] == dealt["macs"]).all() and len(np.unique(own["macs"])) >= 3
     exits = model.all_exits(script.network_input(split[0]))[0]
-    depth = np.searchsorted(model.exit_macs, dealt["macs"])
+    depth = np.searchsorted(model.exit_macs.numpy(), dealt["macs"])
     assert (dealt["prediction"] == exits.argmax(-1)[depth, torch.arange(250)].numpy()).mean() > 0.98
-
-
-def test_the_bound_by_hand():
-    """Three exits, four inputs: they leave at 0, 1, 2 and, as none is right, at the last."""
-    exits = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 0]], dtype=bool)
-    accuracy, leaves = results.first_right(exits, exits)
-    assert accuracy == 0.75 and leaves.tolist() == [0, 1, 2, 2]
-    other = torch.tensor([[0, 1, 1, 1], [1, 0, 1, 1], [0, 0, 0, 1]], dtype=bool)
-    assert results.first_right(other, exits)[0] == 0.25

@@ -23,8 +23,7 @@ def test_every_command_names_a_script_that_is_there():
 def test_every_option_in_the_readme_exists(capsys):
     options = set(re.findall(r"(?<=[ `])--([a-z-]+)", readme)) - {"help"}
     known = set()
-    for path in (*(f"{name}.py" for name in scripts), "compare_rankings.py", "tests/results.py",
-                 "tests/benchmark.py"):
+    for path in (*(f"{name}.py" for name in scripts), "compare_rankings.py", "tests/results.py"):
         known |= set(re.findall(r'add(?:_argument)?\("--([a-z-]+)"', (ROOT / path).read_text()))
     assert options <= known, options - known
 

@@ -1,7 +1,6 @@
 """The real command at --size tiny: its log, its picture, its errors, and what a kill leaves behind."""
 import hashlib
 import json
-import os
 import re
 import signal
 import subprocess
@@ -291,16 +290,3 @@ def test_the_learning_rate_rises_and_falls(monkeypatch):
     assert np.allclose(muon[10:], cfg.lr * np.arange(90, 0, -1) / 90)
     together = [id(p) for params in held.values() for p in params]
     assert sorted(together) == sorted(id(p) for p in model.parameters())
-
-
-@pytest.mark.parametrize("count", (1, 2, 9, 11))
-def test_any_number_of_steps_trains(count):
-    """Short runs, in which the warm-up is a step or none, take every step at a rate above 0."""
-    script, rates = scripts["relu_sparsity"], []
-    cfg = configure(script, "pydoc", "tiny", *steps(count))
-    data, model = script.load_data(cfg), script.Model(cfg)
-    hook = register_optimizer_step_pre_hook(
-        lambda optimizer, args, options: rates.append(optimizer.param_groups[0]["lr"]))
-    script.train(model, data, cfg)
-    hook.remove()
-    assert len(rates) == 2 * count and min(rates) > 0 and max(rates) <= cfg.lr
