@@ -135,10 +135,9 @@ def gather(paths):
         if (log.name, log.seed) in seen:
             fail(f"{log.path}: the same method and seed as {seen[log.name, log.seed].path}")
         seen[log.name, log.seed] = log
-    recipes = {(log.options["epochs"], log.options.get("steps")): log.path
-               for log in logs if "epochs" in log.options}
+    recipes = {log.options["epochs"]: log.path for log in logs if "epochs" in log.options}
     if len(recipes) > 1:
-        fail(f"{' and '.join(map(str, recipes.values()))}: epochs or steps differ")
+        fail(f"{' and '.join(map(str, recipes.values()))}: epochs differ")
     runs = by_method([seen[key] for key in sorted(seen)])
     return [log for name in dict.fromkeys([*METHODS, *runs]) for log in runs.get(name, [])]
 
@@ -391,7 +390,7 @@ def draw_deciles(rankings, measures):
 def draw_images(logs, images, count=6):
     """Of one class: a row for each method, the cheapest on the left, the dearest on the right."""
     methods = by_method(logs)
-    members = np.flatnonzero(logs[0].label == 4)        # deer, or full flowers with three lobes
+    members = np.flatnonzero(logs[0].label == 4)        # deer, or flowers with five lobes
     figure, axes = canvas("images of one class, from cheap to dear, with their share of the MACs",
                           2.6 * count, 1.5 * len(methods), len(methods), 2 * count)
     for row, (name, runs) in zip(axes, methods.items()):
@@ -516,12 +515,12 @@ def compare(logs, args):
         pictures["agreement"] = draw_agreement(rankings + measures, found)
         if measures:
             pictures["deciles"] = draw_deciles(rankings, measures)
-        ranked = [log for log in choosing if np.ptp(log.macs) > 0]
-        images = test_images(logs[0], args.data)
-        if images is not None:
-            pictures["examples"] = draw_images(ranked, images)
-        elif all("token_macs" in log.arrays for log in ranked):
-            pictures["examples"] = draw_passage(ranked)
+    ranked = [log for log in choosing if np.ptp(log.macs) > 0]
+    images = test_images(logs[0], args.data)
+    if ranked and images is not None:
+        pictures["examples"] = draw_images(ranked, images)
+    elif ranked and all("token_macs" in log.arrays for log in ranked):
+        pictures["examples"] = draw_passage(ranked)
     said = [f"**On {len(logs[0].macs):,} test examples of {dataset}, {answer}.**", "",
             "## Does it pay?", "", *paying_table(logs), *tables]
     return [*said, write(Path(args.out, "figures", f"{dataset}-{size}"), said, pictures)]
@@ -542,7 +541,7 @@ def write(folder, said, pictures):
 def train(args):
     """Run the scripts whose logs are missing -> how many failed. Adds their folder to args.logs."""
     flags = [f"--{key}={vars(args)[key]}" for key in (
-        "dataset", "size", "data", "out", "device", "steps") if vars(args)[key] is not None]
+        "dataset", "size", "data", "out", "device", "epochs") if vars(args)[key] is not None]
     cfg = importlib.import_module(STATIC).options(flags)
     runs = [(name, name, []) for name in METHODS]
     for key, value in dict(depth=max(1, cfg.depth // 2), width=round(cfg.width * 0.7)).items():
@@ -579,7 +578,7 @@ def main(argv=None):
     add("--dataset", default="cifar10", choices=["cifar10", "shapes", *TEXTS], help="with --train")
     add("--size", choices=["tiny", "small", "base"], help="with --train (default: the scripts')")
     add("--device", choices=["cpu", "cuda"], help="with --train (default: the scripts')")
-    add("--steps", type=int, help="with --train: training steps of each run (default: by size)")
+    add("--epochs", type=float, help="with --train: length of each run (default: by size)")
     add("--seeds", type=int, default=3, help="with --train: seeds 0 to N - 1 (default: 3)")
     add("--jobs", type=int, default=1, help="with --train: runs at once (default: 1)")
     args = parser.parse_args(argv)

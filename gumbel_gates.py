@@ -24,13 +24,10 @@ Rao et al. 2021 (DynamicViT); Wang et al. 2018 (SkipNet); Raposo et al. 2024 (ga
 Deviation: one budget on all MACs, not a rate for each gate.
 """
 import argparse
-import bisect
-import functools
 import hashlib
 import itertools
 import json
 import math
-import os
 import sys
 import tarfile
 import time
@@ -259,12 +256,9 @@ def main(cfg):
     data, model = load_data(cfg), Model(cfg).to(cfg.device)
     seconds = load(cfg.load, model)[1] if cfg.load else train(model, data, cfg)
 
-    threshold, thresholds = calibrate(model, data["calibration"], cfg.budget)
+    threshold = calibrate(model, data["calibration"], cfg.budget)
     result = evaluate(model.skipping, data["test"], threshold)
-    sweep, random = {}, []
-    for budget, each in tqdm(thresholds.items(), "sweep"):
-        sweep[budget] = evaluate(model.skipping, data["test"], each)
-        random.append(summary(model, evaluate_random(model, data["test"], each)))
+    sweep, random = sweep_budgets(model, data)
     clock = wall_clock(cfg, model, data["test"][0], threshold)
     means = save(log, cfg, data, model, seconds, result, sweep, wall_clock=clock, random=random)
 
@@ -278,14 +272,15 @@ def main(cfg):
                       for each in (label, np.random.default_rng(0).permutation(label)))
     bits, chance = mutual_information(by_gate, kind), mutual_information(by_gate, shuffled)
     noise = gradient_noise(model, *data["calibration"])
-    figure, free = draw(cfg, data, model, result, sweep, random)
-    axis, kinds = free.subplots(), np.bincount(kind).argsort()[::-1][:16]   # the most frequent ones
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    axis = figure.subplots()
+    kinds = np.bincount(kind).argsort()[::-1][:16]      # the most frequent ones
     image = axis.imshow([by_gate[kind == each].mean(0) for each in kinds], aspect="auto", vmin=0,
                         vmax=1)
     axis.set_yticks(range(len(kinds)), [repr(chr(k)) if cfg.text else str(k) for k in kinds])
     axis.set(title="how often a gate is open", xlabel="gate", ylabel="class, or character read",
              xticks=range(by_gate.shape[1]))
-    free.colorbar(image)
+    figure.colorbar(image)
     figure.savefig(picture, dpi=120)
     print(*means, sep="\n")
     rate, policies = by_gate.mean(0), len(np.unique(by_gate, axis=0))
@@ -300,9 +295,8 @@ def main(cfg):
 
 # === shared: static network ===
 class Block(nn.Module):
-    """Pre-norm residual block: a depthwise convolution mixes the tokens, 3 x 3 of them on images,
-    the last `cfg.kernel` characters on text; then each token runs through the MLP. The residual
-    stream x itself is not mixed: a token that skips the MLP keeps its state."""
+    """A depthwise convolution mixes tokens, 3 x 3 of an image or the last 8 characters of a text;
+    then each runs the MLP. x itself is not mixed: a token that skips the MLP keeps its state."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -310,7 +304,7 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(C)
         self.conv = nn.Conv2d(C, C, (k, 1) if cfg.text else k, groups=C)
         self.grid = (-1, 1) if cfg.text else (8, 8)
-        self.padding = (0, 0, k - 1, 0) if cfg.text else (k // 2,) * 4    # a text: the past only
+        self.padding = (0, 0, k - 1, 0) if cfg.text else (1, 1, 1, 1)    # a text: the past only
         self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.ReLU(), nn.Linear(4 * C, C))
         self.drop = nn.Dropout(cfg.dropout)
 
@@ -329,10 +323,10 @@ class StaticNet(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        C, S, self.text = cfg.width, 16, cfg.text
+        C, self.text = cfg.width, cfg.text
         self.stem = nn.Embedding(cfg.classes, C) if cfg.text else nn.Sequential(
-            nn.Conv2d(3, S, 3, 2, 1), nn.BatchNorm2d(S), nn.ReLU(),
-            nn.Conv2d(S, C, 3, 2, 1), nn.BatchNorm2d(C))
+            nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.Conv2d(16, C, 3, 2, 1), nn.BatchNorm2d(C))
         self.position = nn.Parameter(0.02 * torch.randn(cfg.tokens, C))
         self.blocks = nn.Sequential(*(Block(cfg) for _ in range(cfg.depth)))
         self.norm = nn.LayerNorm(C)
@@ -343,22 +337,19 @@ class StaticNet(nn.Module):
         self.head_macs = C * cfg.classes
         self.block_macs = self.blocks[0].conv.weight.numel() + 8 * C * C    # of a token
         self.token_macs = cfg.depth * self.block_macs + (self.head_macs if cfg.text else 0)
-        stem_macs = 16 * 16 * 9 * 3 * S + 8 * 8 * 9 * S * C
+        stem_macs = 16 * 16 * 9 * 3 * 16 + 8 * 8 * 9 * 16 * C
         self.example_macs = 0 if cfg.text else stem_macs + self.head_macs   # not those of tokens
         self.macs = self.example_macs + cfg.tokens * self.token_macs
 
-    def embed(self, x):
-        """x -> tokens (B, T, C)."""
+    def embed(self, x):    # -> tokens (B, T, C)
         x = self.stem(x) if self.text else self.stem(x).flatten(2).transpose(1, 2)
         return x + self.position[:x.shape[1]]
 
     def head(self, x):
-        """tokens (B, T, C) -> logits."""
         return self.out(self.norm(x) if self.text else self.norm(x).mean(1))
 
     def forward(self, x):
         return self.head(self.blocks(self.embed(x)))
-# === end shared ===
 
 
 # === shared: data ===
@@ -370,73 +361,61 @@ SHAKESPEARE = ("tinyshakespeare.txt", "https://raw.githubusercontent.com/karpath
 
 
 def download(folder, name, url, sha256):
-    """The path of a published file, fetched unless the folder has it, checked every time."""
+    """The path of a published file, which is fetched unless the folder has it."""
     path = Path(folder, name)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            torch.hub.download_url_to_file(url, str(path), sha256)    # the whole file, or none
-    except Exception as error:
-        raise OSError(f"{url}: {error}; put it at {path} by hand, or take --dataset shapes, pydoc")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        tqdm.write(f"fetching {url}; without a network, take --dataset shapes or pydoc", sys.stderr)
+        torch.hub.download_url_to_file(url, str(path))
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise OSError(f"{path} is not the published file; delete it and run again")
     return path
 
 
-def read_cifar10(folder):
-    """Images (60000, 3, 32, 32) and labels (60000,), the test split last; unpacks the archive."""
-    unpacked = Path(folder, "cifar-10-batches-bin")
-    if not unpacked.exists():
-        tarfile.open(download(folder, *CIFAR10)).extractall(folder, filter="data")
-    raw = b"".join(path.read_bytes() for path in sorted(unpacked.glob("*.bin")))
-    if len(raw) != 60000 * 3073 or max(raw[::3073]) > 9:
-        raise OSError(f"{unpacked} is incomplete or altered; delete it and run again")
-    records = np.frombuffer(raw, np.uint8).reshape(60000, 3073)
-    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
-
-
 def draw_shapes(count):
-    """Flowers with 0, 2, 3, 4 or 5 lobes, full or hollow; difficulty fades them, and adds noise."""
+    """Grey flowers with 1 to 10 lobes, at any angle; difficulty fades them, and adds noise."""
     rng = np.random.default_rng(0)
-    labels, difficulty = rng.integers(10, size=count, dtype=np.uint8), rng.random(count) ** 1.5
-    images = np.empty((count, 3, 32, 32), np.uint8)
+    label = rng.integers(10, size=(count, 1, 1, 1), dtype=np.uint8)
+    difficulty = rng.random(label.shape, np.float32) ** 1.5
     row, column = np.mgrid[-1:1:32j, -1:1:32j]
-    for image, label, d in zip(images, labels, difficulty):
-        left, up, size, turn = rng.uniform((-0.2, -0.2, 0.6, 0), (0.2, 0.2, 0.9, 6.28))
-        x, y, lobes = (column - left) / size, (row - up) / size, (0, 2, 3, 4, 5)[label // 2]
-        edge = np.hypot(x, y) - 0.7 - 0.3 * np.cos(lobes * np.arctan2(y, x) + turn)
-        flower = np.clip(0.5 - 8 * (abs(edge) - 0.15 if label % 2 else edge), 0, 1)
-        colour = rng.uniform(0.4, 0.8, (3, 1, 1)) * rng.choice((-1, 1), (3, 1, 1))
-        noise = 0.15 * d * rng.standard_normal((3, 32, 32))
-        image[:] = 255 * np.clip(0.5 + (1 - 0.9 * d) * flower * colour + noise, 0, 1)
-    return images, labels, difficulty.astype(np.float32)
+    angle = np.arctan2(row, column) + rng.uniform(0, 6.28, label.shape)
+    flower = np.hypot(row, column) < 0.6 + 0.25 * np.cos((label + 1) * angle)
+    noise = rng.standard_normal(flower.shape, np.float32)
+    grey = 127 + 100 * (1 - 0.9 * difficulty) * flower + 40 * difficulty * noise
+    images = torch.tensor(grey.clip(0, 255)).byte().expand(-1, 3, -1, -1)
+    return images, torch.tensor(label.ravel()), difficulty.ravel()
 
 
 def load_data(cfg):
     """{"train", "calibration", "test": (x, y)}, bytes on the device: images (N, 3, 32, 32), (N,) or
     windows (N, T) and the same, one character later; "difficulty" where it is known."""
-    data = {}
+    data, T = {}, cfg.tokens
     if cfg.dataset == "cifar10":
-        x, y = read_cifar10(cfg.data)
+        folder = Path(cfg.data, "cifar-10-batches-bin")
+        if not folder.exists():
+            tarfile.open(download(cfg.data, *CIFAR10)).extractall(cfg.data, filter="data")
+        raw = b"".join(path.read_bytes() for path in sorted(folder.glob("*.bin")))
+        if len(raw) != 60000 * 3073 or max(raw[::3073]) > 9:
+            raise OSError(f"{folder} is incomplete or altered; delete it and run again")
+        records = torch.tensor(np.frombuffer(raw, np.uint8)).view(60000, 3073)
+        x, y = records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
         ends = (45000, 50000)
     elif cfg.dataset == "shapes":
         x, y, difficulty = draw_shapes(15000)
-        ends = (10000, 11000)
         data["difficulty"] = difficulty[11000:]
+        ends = (10000, 11000)
     elif cfg.dataset == "shakespeare":
         raw = download(cfg.data, *SHAKESPEARE).read_bytes()
     else:    # Python's manual comes along with it
         from pydoc_data.topics import topics
         raw = "".join(topics[key] for key in sorted(topics)).encode("ascii", "replace")
-    if cfg.text:
+    if cfg.text:    # windows of train begin anywhere
         text = torch.tensor(np.frombuffer(raw, np.uint8), device=cfg.device)
         parts = text.tensor_split([int(0.95 * 0.9 * len(text)), int(0.9 * len(text))])
-        strides = (1, cfg.tokens, cfg.tokens)    # windows of train begin anywhere
-        windows = [part.unfold(0, cfg.tokens + 1, step) for part, step in zip(parts, strides)]
+        windows = [part.unfold(0, T + 1, stride) for part, stride in zip(parts, (1, T, T))]
         splits = [(window[:, :-1], window[:, 1:]) for window in windows]
     else:
-        x, y = torch.tensor(x, device=cfg.device), torch.tensor(y, device=cfg.device)
-        splits = zip(x.tensor_split(ends), y.tensor_split(ends))
+        splits = zip(x.to(cfg.device).tensor_split(ends), y.to(cfg.device).tensor_split(ends))
     return data | dict(zip(("train", "calibration", "test"), splits))
 
 
@@ -446,8 +425,7 @@ def network_input(x):
 
 
 def training_batches(data, cfg):
-    """Endless (x, y), each epoch in a new order: images flipped every other epoch and shifted by up
-    to 4 pixels, windows of a text cut at other places, without overlap."""
+    """Endless (x, y): images are shifted and flipped, windows of a text cut at other places."""
     random = dict(generator=torch.Generator(cfg.device).manual_seed(cfg.seed), device=cfg.device)
     x, y = data["train"]
     stride = cfg.tokens if cfg.text else 1
@@ -455,20 +433,19 @@ def training_batches(data, cfg):
         start = torch.randint(stride, (), **random).item()
         places = torch.arange(start, len(x), stride, device=cfg.device)
         for index in places[torch.randperm(len(places), **random)].split(cfg.batch):
-            batch, B = network_input(x[index]), len(index)
+            batch = network_input(x[index])
             if not cfg.text:
                 padded = F.pad(batch, (4, 4, 4, 4), "reflect")
                 crops = padded.unfold(2, 32, 1).unfold(3, 32, 1)    # (B, 3, 9, 9, 32, 32)
-                row, column = torch.randint(9, (2, B), **random)
-                batch = crops[torch.arange(B), :, row, column]
+                row, column = torch.randint(9, (2, len(index)), **random)
+                batch = crops[torch.arange(len(index)), :, row, column]
                 flip = (index + epoch) % 2 == 0
                 batch[flip] = batch[flip].flip(3)
             yield batch, y[index].long()
-# === end shared ===
 
 
 # === shared: options ===
-SIZES = {   # for images, and for text
+SIZES = {   # of images, and of text
     "tiny": (dict(width=32, depth=3, batch=64, epochs=3, dropout=0.0, tokens=64, kernel=3),
              dict(width=32, depth=2, batch=64, epochs=1, dropout=0.0, tokens=64, kernel=8)),
     "small": (dict(width=48, depth=8, batch=128, epochs=16, dropout=0.0, tokens=64, kernel=3),
@@ -481,62 +458,51 @@ def shared_options(doc):
     """A parser that knows the options of all scripts."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(f"{SCRIPT}.py", "%(prog)s [options]", doc, formatter_class=raw)
-    add = parser.add_argument_group("options of all scripts").add_argument
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    add = parser.add_argument
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     add("--dataset", choices=["cifar10", "shakespeare", "shapes", "pydoc"], default="cifar10",
         help="the last two need no download (default: cifar10)")
-    add("--size", choices=list(SIZES), help="of the network (default: base on CUDA, else small)")
-    add("--width", type=int, help="channels of a token (default: by --size, like the next three)")
+    add("--size", choices=list(SIZES), default="base" if devices[1:] else "small",
+        help="of the network (default: base where there is CUDA, else small)")
+    add("--width", type=int, help="channels of a token (default: by --size, like the next two)")
     add("--depth", type=int, help="number of blocks")
-    add("--batch", type=int, help="examples per training step")
     add("--epochs", type=float, help="passes over the training data")
-    add("--steps", type=int, help="training steps, instead of --epochs")
     add("--lr", type=float, default=0.02, help="peak learning rate of Muon; AdamW has a fifth")
     add("--seed", type=int, default=0, help="of weights, batches and noise (default: 0)")
-    add("--device", choices=devices, default=devices[-1], help="default: cuda where there is one")
-    add("--bf16", action=argparse.BooleanOptionalAction, help="train in bfloat16 (default: CUDA)")
+    add("--device", choices=devices, default=devices[0], help="default: cuda where there is one")
+    add("--bf16", action=argparse.BooleanOptionalAction, default="cuda" in devices,
+        help="train in bfloat16 (default: where there is CUDA)")
     add("--data", default="data", help="folder of the data sets, filled by downloads")
     add("--out", default=".", help="folder that gets logs/ and figures/")
     add("--name", default=SCRIPT, help="of this run, in its log and file names")
-    add("--load", metavar="FILE", help="evaluate the .pt of an earlier run, under another --name")
+    add("--load", metavar="FILE", help="evaluate the .pt of an earlier run instead of training")
     return parser
 
 
 def complete(parser, argv):
     """Parse, fill in the options that depend on others, and check them -> namespace."""
     cfg = parser.parse_args(argv)
-    if cfg.load:
-        options, _ = load(cfg.load)
-        cfg = parser.parse_args(argv, argparse.Namespace(**options))
-        for key in options.keys() - {"budget", "criterion", "risk"}:    # not of the training
-            if getattr(cfg, key) != options[key]:
-                parser.error(f"--load {cfg.load}: leave out --{key.replace('_', '-')}")
-    cfg.size = cfg.size or ("base" if cfg.device == "cuda" else "small")
-    cfg.bf16 = cfg.device == "cuda" if cfg.bf16 is None else cfg.bf16
+    text = cfg.dataset in ("shakespeare", "pydoc")
+    parser.set_defaults(**load(cfg.load)[0] if cfg.load else SIZES[cfg.size][text])
+    cfg = parser.parse_args(argv)
     cfg.text = cfg.dataset in ("shakespeare", "pydoc")
     cfg.classes = 128 if cfg.text else 10
-    for key, default in SIZES[cfg.size][cfg.text].items():
-        if getattr(cfg, key, None) is None:
-            setattr(cfg, key, default)
-    for key in ("width", "depth", "batch", "epochs", "steps", "lr", "seed"):
-        value, least = getattr(cfg, key), -1 if key == "seed" else 0
-        if value is not None and not least < value < 1e6:
-            parser.error(f"--{key} {value} must be above {least} and below a million")
+    for key, least in dict(width=1, depth=1, epochs=1e-3, lr=1e-6, seed=0).items():
+        if not least <= getattr(cfg, key) < 1e6:
+            parser.error(f"--{key} must be at least {least} and below a million")
     return cfg
-# === end shared ===
 
 
 # === shared: training ===
 def train(model, data, cfg):
-    """Muon for the matrices of blocks, AdamW for all else; their rates rise linearly for a tenth of
-    the steps, then fall linearly to 0. -> seconds."""
+    """Muon for the matrices of blocks, AdamW for all else; rates rise, then fall -> seconds."""
     matrices = [p for p in model.net.blocks.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     decay = 0.1 if cfg.text else 0.0    # a text is short, and read many times
     optimizers = [torch.optim.Muon(matrices, cfg.lr, weight_decay=decay, adjust_lr_fn="original"),
                   torch.optim.AdamW(others, cfg.lr / 5, betas=(0.9, 0.99), weight_decay=0.0)]
     examples = len(data["train"][0]) / (cfg.tokens if cfg.text else 1)    # windows overlap
-    steps = cfg.steps or math.ceil(cfg.epochs * examples / cfg.batch)
+    steps = math.ceil(cfg.epochs * examples / cfg.batch)
     model.train()
     began = time.perf_counter()
     bar = tqdm(zip(range(steps), training_batches(data, cfg)), f"{cfg.name}, {cfg.size}", steps)
@@ -550,13 +516,12 @@ def train(model, data, cfg):
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = rate * optimizer.defaults["lr"]
             optimizer.step()
-        if step % 20 == 0 or step == steps - 1:    # reading a number waits for the GPU
+        if step % 20 == 0:    # reading a number waits for the GPU
             if not norm.isfinite():
                 raise FloatingPointError(f"gradient not finite at step {step}; try a smaller --lr")
             bar.set_postfix({key: f"{value.item():.3f}" for key, value in shown.items()})
     model.eval()
     return time.perf_counter() - began
-# === end shared ===
 
 
 # === shared: evaluation ===
@@ -571,10 +536,10 @@ def evaluate(run, split, threshold):
     for x, y in zip(split[0].split(250), split[1].split(250)):
         logits, macs, token_macs = run(network_input(x), threshold)
         loss = F.cross_entropy(logits.movedim(-1, 1), y.long(), reduction="none")
-        batches.append(dict(label=y, prediction=logits.argmax(-1).byte(), loss=loss, macs=macs,
-                            token_macs=token_macs.int()))
-    arrays = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
-    return {key: array.cpu().numpy() for key, array in arrays.items()} | dict(threshold=threshold)
+        batches.append((y, logits.argmax(-1).byte(), loss, macs, token_macs.int()))
+    arrays = [torch.cat(parts).cpu().numpy() for parts in zip(*batches)]
+    keys = ("label", "prediction", "loss", "macs", "token_macs")
+    return dict(zip(keys, arrays), threshold=threshold)
 
 
 def summary(model, result):
@@ -585,56 +550,55 @@ def summary(model, result):
 
 
 def evaluate_random(model, split, threshold):
-    """The control: `evaluate` with the decisions of `masked` shuffled among the examples or tokens
-    of a batch; rates and MACs stay the same."""
+    """The control: `evaluate`, where each example gets the decisions of another one."""
     def run(x, threshold):
         _, decisions = model.dense(x, threshold)
-        rows = decisions[0].shape[:2]    # (B,), or (B, T); all layers alike
-        order = torch.randperm(math.prod(rows), generator=torch.Generator().manual_seed(0))
-        decisions = [(d != 0).long().flatten(0, len(rows) - 1)[order].view_as(d) for d in decisions]
-        logits, ran = model.dense(x, decisions=decisions)
-        return logits, *model.count_macs([(d != 0).long() for d in ran])
+        logits, ran = model.dense(x, decisions=[each.flip(0) for each in decisions])
+        return logits, *model.count_macs([each.long() for each in ran])
 
     return evaluate(run, split, threshold)
 
 
-def calibrate(model, split, budget=1.0):
-    """The threshold nearest to a budget; {budget: threshold} for BUDGETS in reach, full last."""
-    ends = np.arcsinh([model.cheapest, model.full])    # about even steps, growing if ends are far
-    grid = np.sinh(np.linspace(*ends, 2 ** 14 + 1)).tolist()
+def calibrate(model, split, budget):
+    """The threshold at which `masked` spends a budget, by bisection; else the first above it."""
+    few = [part[:2000] for part in split]    # enough to estimate a mean
+    low, high = np.arcsinh([model.cheapest, model.full])    # even steps, growing if ends are far
+    for _ in range(18):
+        middle = (low + high) / 2
+        spent = summary(model, evaluate(model.masked, few, math.sinh(middle)))["budget"]
+        if abs(spent - budget) < 0.002:
+            return math.sinh(middle)
+        if spent < budget:
+            low = middle
+        else:
+            high = middle
+    return math.sinh(high)
 
-    @functools.cache
-    def spent(threshold):
-        few = [part[:2000] for part in split]    # enough to estimate a mean
-        return summary(model, evaluate(model.masked, few, threshold))["budget"]
 
-    def nearest(wanted):
-        i = bisect.bisect_left(grid, wanted, 1, len(grid) - 1, key=spent)
-        return grid[i] if spent(grid[i]) - wanted < wanted - spent(grid[i - 1]) else grid[i - 1]
-
-    least, most = spent(grid[0]), spent(grid[-1])
-    reached = [each for each in BUDGETS if least <= each <= most]
-    if budget < least:
-        tqdm.write(f"a budget of {budget} is out of reach; {least:.3f} is the least", sys.stderr)
-    found = {each: nearest(each) for each in tqdm(reached, "calibrate")}
-    return nearest(budget), found | {most: model.full}
+def sweep_budgets(model, data):
+    """Test at the BUDGETS in reach, then in full -> results, and means of the random control."""
+    sweep, random = [], []
+    for budget in tqdm([*BUDGETS, None], "sweep"):
+        threshold = calibrate(model, data["calibration"], budget) if budget else model.full
+        result = evaluate(model.skipping, data["test"], threshold)
+        if budget and abs(summary(model, result)["budget"] - budget) > 0.05:
+            continue    # out of reach
+        sweep.append(result)
+        random.append(summary(model, evaluate_random(model, data["test"], threshold)))
+    return sweep, random
 
 
 @torch.no_grad()
 def wall_clock(cfg, model, x, threshold):
     """Median milliseconds of the static network and of `skipping`, batches of 1 and of 256."""
     seconds, static = {}, StaticNet(cfg).to(cfg.device).eval()
-    for batch, i in itertools.product((1, 256), range(23)):
-        inputs = network_input(x[torch.arange(i * batch, (i + 1) * batch) % len(x)])
-        for name in ("static", "skipping"):
-            inputs.sum().item()    # waits for a GPU
-            began = time.perf_counter()
-            y = static(inputs) if name == "static" else model.skipping(inputs, threshold)[0]
-            y.sum().item()
-            each = seconds.setdefault(f"{name}_ms_batch_{batch}", [])
-            each.append(time.perf_counter() - began)
+    for _, batch, name in itertools.product(range(23), (1, 256), ("static", "skipping")):
+        inputs = network_input(x[torch.randint(len(x), (batch,))])
+        began = time.perf_counter()
+        y = static(inputs) if name == "static" else model.skipping(inputs, threshold)[0]
+        y.sum().item()    # waits for a GPU
+        seconds.setdefault(f"{name}_ms_batch_{batch}", []).append(time.perf_counter() - began)
     return {key: 1000 * float(np.median(each[3:])) for key, each in seconds.items()}
-# === end shared ===
 
 
 # === shared: log and picture ===
@@ -642,10 +606,8 @@ def output_paths(cfg):
     """The paths of the log and the picture of a run, in folders that are made."""
     run = f"{cfg.dataset}-{cfg.size}/{cfg.name}-s{cfg.seed}"
     log, picture = Path(cfg.out, f"logs/{run}.npz"), Path(cfg.out, f"figures/{run}.png")
-    if cfg.load and log.exists():
-        raise FileExistsError(f"--load would overwrite {log}: choose another --name")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    picture.parent.mkdir(parents=True, exist_ok=True)
+    for path in (log, picture):
+        path.parent.mkdir(parents=True, exist_ok=True)
     return log, picture
 
 
@@ -653,88 +615,47 @@ def load(path, model=None):
     """Options and seconds of an earlier run, whose weights go into the model."""
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
-        if model is not None:
-            model.load_state_dict(run["state_dict"])
-            model.eval()
+        if model:
+            model.eval().load_state_dict(run["state_dict"])
         return run["options"], run["seconds"]
     except Exception as error:    # the file can be anything
-        said = " ".join(str(error).split())[:200]
-        raise OSError(f"--load {path}: {type(error).__name__}, {said}")
+        raise OSError(f"--load {path}: {' '.join(str(error).split())[:200]}")
 
 
 def save(log, cfg, data, model, seconds, result, sweep, **extra):
     """Write the weights and the log of a run (README: The log) -> lines to print."""
-    of_this_machine = ("data", "out", "load", "name", "device", "bf16")
-    options = {key: value for key, value in vars(cfg).items() if key not in of_this_machine}
-    runs, N = list(sweep.values()), len(result["macs"])
+    here = ("data", "out", "load", "name", "device", "bf16")    # of this run alone
+    options = {key: value for key, value in vars(cfg).items() if key not in here}
+    again = dict(options, name=f"{cfg.name}_loaded")    # so --load overwrites nothing
+    weights = dict(options=again, state_dict=model.state_dict(), seconds=seconds)
+    torch.save(weights, log.with_suffix(".pt"))
+    chip = torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU"
     test = b"".join(part.cpu().numpy().tobytes() for part in data["test"])
-    cuda = torch.cuda.get_device_name() if cfg.device == "cuda" else None
     meta = dict(
         schema=2, name=cfg.name, script=SCRIPT, dataset=cfg.dataset, size=cfg.size, seed=cfg.seed,
         options=options, test_sha256=hashlib.sha256(test).hexdigest(), static_macs=model.net.macs,
-        at_budget=summary(model, result), full=summary(model, runs[-1]), seconds=seconds,
-        threshold=result["threshold"], threads=torch.get_num_threads(), torch=torch.__version__,
-        device=cuda or f"CPU, {torch.backends.cpu.get_cpu_capability()}", **extra)
+        at_budget=summary(model, result), full=summary(model, sweep[-1]), seconds=seconds,
+        threads=torch.get_num_threads(), torch=torch.__version__, device=chip, **extra)
     kept = ("label", "prediction", "macs", "token_macs" if cfg.text else "difficulty")
     arrays = {key: array for key, array in (result | data).items() if key in kept}
-    loss = [run["loss"].reshape(N, -1).mean(1) for run in runs]
-    correct = [(run["prediction"] == run["label"]).reshape(N, -1).mean(1) for run in runs]
+    example = (len(result["macs"]), -1)
+    loss = [run["loss"].reshape(example).mean(1) for run in sweep]
+    correct = [(run["prediction"] == run["label"]).reshape(example).mean(1) for run in sweep]
     part = log.with_suffix(".part")    # half a log never looks like a log
     with open(part, "wb") as file:
         np.savez_compressed(
             file, **arrays, loss=result["loss"].astype(np.float16), meta=json.dumps(meta),
-            sweep_budget=list(sweep), sweep_threshold=[run["threshold"] for run in runs],
-            sweep_macs=[run["macs"] for run in runs], sweep_loss=np.array(loss, np.float16),
+            sweep_threshold=[run["threshold"] for run in sweep],
+            sweep_macs=[run["macs"] for run in sweep], sweep_loss=np.array(loss, np.float16),
             sweep_correct=np.array(correct, np.float16))
-    weights = dict(options=options, state_dict=model.state_dict(), seconds=seconds)
-    torch.save(weights, log.with_suffix(".pt"))
     part.replace(log)
-    lines = []
-    for key in ("full", "at_budget", "wall_clock"):
-        means = ", ".join(f"{name} {value:.4g}" for name, value in meta[key].items())
-        lines.append(f"{key}: {means}")
-    return lines
-
-
-def draw(cfg, data, model, result, sweep, random=()):
-    """Quality against MACs; the cheapest examples, below the dearest -> figure, free part of it."""
-    figure = Figure(figsize=(14, 8), layout="constrained")
-    top, bottom = figure.subfigures(2, 1)
-    left, free = top.subfigures(1, 2, width_ratios=(1, 3))
-    axis, quality = left.subplots(), "loss" if cfg.text else "accuracy"
-    curves = {cfg.name: [summary(model, run) for run in sweep.values()], "at random": random}
-    for label, points in curves.items():
-        if points:
-            axis.plot(*zip(*((p["budget"], p[quality]) for p in points)), "o-", label=label)
-    axis.set(xlabel="MACs, share of the static network's", ylabel=quality)
-    axis.legend()
-    tokens, order, columns = result["token_macs"], result["macs"].argsort(), cfg.tokens // 8
-    for axis, i in zip(bottom.subplots(2, 4).flat, [*order[:4], *order[-4:]]):
-        x = data["test"][0][i].cpu().numpy()
-        for t, code in enumerate(x if cfg.text else []):
-            axis.text(t % columns, t // columns, chr(code), ha="center", va="center", fontsize=7)
-        if not cfg.text:
-            axis.imshow(x.transpose(1, 2, 0), extent=(-0.5, 7.5, 7.5, -0.5))
-        axis.imshow(tokens[i].reshape(8, -1), alpha=0.5, vmin=tokens.min(), vmax=tokens.max())
-        axis.set_title(f"{result['macs'][i] / model.net.macs:.3f} of the MACs", fontsize=8)
-        axis.axis("off")
-    return figure, free
-
-
-def run_script():
-    """main(options()), where what a user can cause ends in one line and exit status 2."""
-    torch.backends.cudnn.allow_tf32 = False    # evaluation is float32, on a GPU as well
-    sys.stdout.reconfigure(errors="replace")    # printing a path of any name never fails
-    try:
-        main(options())
-        sys.stdout.flush()
-    except BrokenPipeError:    # `| head -1`; all files are written by then
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ImportError, FloatingPointError, KeyboardInterrupt) as error:
-        tqdm.write(f"{SCRIPT}.py: {str(error) or 'stopped'}", sys.stderr)
-        raise SystemExit(2)
-# === end shared ===
+    return [f"{key}: {meta[key]}" for key in ("full", "at_budget", "wall_clock")]
 
 
 if __name__ == "__main__":
-    run_script()
+    torch.backends.cudnn.allow_tf32 = False    # evaluation is float32, on a GPU as well
+    try:
+        main(options())
+    except (OSError, ImportError, FloatingPointError, KeyboardInterrupt) as error:
+        tqdm.write(f"{SCRIPT}.py: {str(error) or 'stopped'}", sys.stderr)
+        sys.exit(2)

@@ -2,21 +2,17 @@
 
     python tests/results.py             # print them
     python tests/results.py --write     # into .github/results/RESULTS.md; a test compares the two
-    python tests/results.py --bound logs/cifar10-small/early_exit-s*.pt     # the best that exits could do
 
 Each log is the very file that a run wrote; means over seeds, with the lowest and the highest.
 """
 import argparse
-import itertools
 import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import early_exit   # noqa: E402
 from compare_rankings import STATIC, by_method, gather, markdown, number, paying_table, spread   # noqa: E402
 
 KEPT = ROOT / ".github/results"
@@ -84,47 +80,12 @@ def tables():
     return "\n".join(lines).rstrip() + "\n"
 
 
-@torch.no_grad()
-def exits_of(path, folder):
-    """Weights of early_exit.py on images -> whether each exit answers right (L, N), and its share of MACs (L,)."""
-    run = torch.load(path, weights_only=True)
-    cfg = early_exit.complete(early_exit.shared_options(""), [f"--data={folder}", "--device=cpu"])
-    vars(cfg).update(run["options"])
-    model = early_exit.Model(cfg).eval()
-    model.load_state_dict(run["state_dict"])
-    x, y = early_exit.load_data(cfg)["test"]
-    answers = [model.all_exits(early_exit.network_input(part))[0].argmax(-1) for part in x.split(250)]
-    return torch.cat(answers, 1) == y, model.exit_macs / model.net.macs
-
-
-def first_right(right, exits):
-    """Accuracy and mean exit (index) if each of N inputs leaves at the first exit that is right in `exits`
-    (L, N), or at the last; answered by `right` (L, N)."""
-    leaves = torch.where(exits.any(0), exits.int().argmax(0), len(exits) - 1)
-    return right.gather(0, leaves[None])[0].float().mean().item(), leaves
-
-
-def bound_table(paths, folder):
-    """Leave at the first right head, told by the same network (which knows the answer and its own luck), and by
-    another seed's, as a perfect measure of difficulty could."""
-    seeds, rows = [exits_of(path, folder) for path in paths], []
-    for (a, (right, macs)), (b, (exits, _)) in itertools.product(enumerate(seeds), repeat=2):
-        accuracy, leaves = first_right(right, exits)
-        rows.append([Path(paths[a]).stem, Path(paths[b]).stem, f"{accuracy:.4f}",
-                     f"{macs[leaves].mean().item():.3f}", f"{right[-1].float().mean().item():.4f}"])
-    return markdown(["answers of", "exits told by", "accuracy", "MACs", "accuracy of the last exit"], rows)
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write RESULTS.md instead of printing")
-    parser.add_argument("--bound", nargs="+", metavar="FILE", help="weights of early_exit.py, images, any seeds")
-    parser.add_argument("--data", default="data", help="folder of the data sets, for --bound")
     args = parser.parse_args()
-    if args.bound:
-        print("\n".join(bound_table(args.bound, args.data)))
-    elif args.write:
+    if args.write:
         (KEPT / "RESULTS.md").write_text(tables(), encoding="utf-8")
     else:
         print(tables(), end="")

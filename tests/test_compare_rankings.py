@@ -97,17 +97,6 @@ def test_spearman(x, y, rho):
         assert spearman(a, b) == pytest.approx(sign * rho, abs=1e-9)
 
 
-def test_spearman_of_many():
-    i = np.arange(10000)
-    u = (i * 7919 + 13) % 10007
-    v, X = u + (i * 104729) % 4001, np.digitize(u, [5000, 7500, 9000])
-    columns = np.stack([X, v, v // 400, u], 1)
-    rho = script.correlate(columns)
-    assert rho[0, 1] == pytest.approx(0.868150353538, abs=1e-9)
-    assert rho[3, 1] == pytest.approx(0.933016147134, abs=1e-9)
-    assert script.correlate(np.sort(columns, axis=0))[0, 1] == pytest.approx(0.924866980763, abs=1e-9)
-
-
 def test_tie_ceiling_of_two_ways_to_exit():
     """One difficulty, exit shares (.5, .5) and (.9, .1): they cannot agree more than to 1 / 3."""
     columns = np.stack([np.arange(100) >= 50, np.arange(100) >= 90], 1).astype(int)
@@ -350,17 +339,10 @@ def test_people_and_known_difficulty_are_columns(run, tmp_path, monkeypatch):
     assert raw["static loss"] == pytest.approx(np.mean(other_seed), abs=0.006)
 
 
-def test_words_and_numbers():
-    said = [script.word(rho) for rho in (0.7, 0.69, 0.4, 0.2, 0.0, -0.2, -0.21, np.nan, 0.696)]
-    assert said == ["strong", "moderate", "moderate", "weak", "none", "none", "opposite", "unknown", "strong"]
-    assert script.spread([0.5]) == "0.50" and script.spread([-0.001, 0.001]) == "0.00 (0.00 to 0.00)"
-    assert script.spread([np.nan, 1]) == "unknown"
-
-
 @pytest.mark.parametrize("key, value, message", (
     ("test_sha256", "1" * 64, "test split or its order differ"), ("dataset", "shapes", "test split or its order differ"),
     ("label", np.zeros(1500), "test split or its order differ"), ("schema", 1, "unknown schema"),
-    ("options", dict(width=32, depth=2, epochs=4), "epochs or steps differ"), ("static_macs", 0, "of the wrong kind"),
+    ("options", dict(width=32, depth=2, epochs=4), "epochs differ"), ("static_macs", 0, "of the wrong kind"),
     ("static_macs", np.nan, "of the wrong kind"), ("seed", "1", "of the wrong kind"),
     ("size", "../../elsewhere", "contains a folder"), ("sweep_macs", None, "KeyError: 'sweep_macs'"),
     ("macs", -np.ones(1500), "macs holds"), ("loss", np.ones(1499), "loss has shape"),
@@ -441,7 +423,7 @@ def test_help_explains_every_option(run):
 def test_train_from_nothing_and_resume(run, tmp_path, monkeypatch):
     """What is missing, and no more; a run that fails does not stop the others. (Two methods, for time.)"""
     monkeypatch.setattr(script, "METHODS", ("relu_sparsity", "moe"))
-    options = ("--train", "--dataset", "pydoc", "--size", "tiny", "--seeds", 1, "--device", "cpu", "--steps", 5)
+    options = ("--train", "--dataset", "pydoc", "--size", "tiny", "--seeds", 1, "--device", "cpu", "--epochs", 0.05)
     status, printed, errors = run(*options)
     logs = tmp_path / "logs/pydoc-tiny"
     assert status == 0, errors

@@ -97,7 +97,7 @@ def test_dense_takes_decisions(script, dataset):
     logits, decisions = model.dense(x, threshold)
     hard = [(d > 0).float() for d in decisions]
     assert torch.allclose(model.dense(x, decisions=hard)[0], logits, atol=1e-5)
-    others = [d.flip(0) for d in hard]
+    others = [d.roll(3, 0) for d in hard]
     assert not torch.allclose(model.dense(x, decisions=others)[0], logits, atol=1e-3)
 
 
@@ -129,15 +129,6 @@ def test_text_never_looks_ahead(script):
                 assert torch.allclose(logits[:, :cut], other[:, :cut], atol=1e-10, rtol=0)
                 assert torch.equal(token_macs[:, :cut], other_macs[:, :cut])
                 assert not torch.allclose(logits[:, cut:], other[:, cut:])
-
-
-@pytest.mark.parametrize("dataset", DATASETS)
-def test_evaluation_is_free_of_noise(script, dataset):
-    model, x = build(script, dataset), inputs(dataset)
-    threshold = thresholds(model, x, (0.5,))[0]
-    for run in (model.masked, model.skipping):
-        for first, second in zip(run(x, threshold), run(x, threshold)):
-            assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("dataset", DATASETS)

@@ -51,30 +51,32 @@ def write_archive(folder, members, monkeypatch):
 def test_cifar10_from_the_archive_and_unpacked(tmp_path, records, monkeypatch, refuses):
     parts = {n: records[i * 10000:(i + 1) * 10000].tobytes() for i, n in enumerate(MEMBERS)}
     path = write_archive(tmp_path, parts, monkeypatch)
+    cfg = configure(script, "cifar10", "tiny", "--data", str(tmp_path))
     whole = path.read_bytes()
     for broken in (whole[:-10], whole[:20] + bytes([whole[20] ^ 1]) + whole[21:]):
         path.write_bytes(broken)
-        refuses("is not the published file", script.read_cifar10, tmp_path)
+        refuses("is not the published file", script.load_data, cfg)
         assert [p.name for p in tmp_path.iterdir()] == [path.name]          # nothing was unpacked
     path.write_bytes(whole)
-    images, labels = script.read_cifar10(tmp_path)
-    assert np.array_equal(images.reshape(60000, -1), records[:, 1:])
-    assert np.array_equal(labels, records[:, 0])
+    data = script.load_data(cfg)
+    images, labels = (torch.cat(parts) for parts in zip(*data.values()))
+    assert np.array_equal(images.flatten(1), records[:, 1:]) and np.array_equal(labels, records[:, 0])
 
     path.unlink()                                                           # the folder is enough
-    data = script.load_data(configure(script, "cifar10", "tiny", "--data", str(tmp_path)))
+    data = script.load_data(cfg)
     assert [len(data[name][0]) for name in ("train", "calibration", "test")] == [45000, 5000, 10000]
     assert torch.equal(data["test"][1], (torch.arange(10000) % 10).byte())
     assert data["test"][0][7].unique().item() == 50007 % 251
     for broken in (parts[MEMBERS[5]][:-1], b"\x0a" + parts[MEMBERS[5]][1:], None):   # short; label 10; gone
         (tmp_path / MEMBERS[5]).write_bytes(broken) if broken else (tmp_path / MEMBERS[5]).unlink()
-        refuses("incomplete or altered", script.read_cifar10, tmp_path)
+        refuses("incomplete or altered", script.load_data, cfg)
 
 
 def test_a_partial_download_never_passes_for_a_whole_file(tmp_path, monkeypatch, refuses):
     """torch.hub does the download; here its connection breaks off, brings another file, succeeds."""
     whole = bytes(range(256)) * 40
     source = ("file.bin", "http://nowhere.invalid/file.bin", hashlib.sha256(whole).hexdigest())
+    path = tmp_path / "data/file.bin"
 
     class Response(io.BytesIO):
         def info(self):
@@ -87,15 +89,18 @@ def test_a_partial_download_never_passes_for_a_whole_file(tmp_path, monkeypatch,
             return Response(content)
         monkeypatch.setattr(torch.hub, "urlopen", urlopen)
 
-    for content in (None, whole[:1000], whole[:-1] + b"x"):
+    answer(None)
+    refuses("no route", script.download, tmp_path / "data", *source)
+    assert not list(path.parent.iterdir())
+    for content in (whole[:1000], whole[:-1] + b"x"):
         answer(content)
-        refuses("by hand", script.download, tmp_path / "data", *source)
-        assert not list((tmp_path / "data").iterdir())
+        refuses("is not the published file", script.download, tmp_path / "data", *source)
+        path.unlink()
     answer(whole)
     assert script.download(tmp_path / "data", *source).read_bytes() == whole    # simply run again
     answer(None)
     assert script.download(tmp_path / "data", *source).read_bytes() == whole    # nothing is downloaded
-    (tmp_path / "data/file.bin").write_bytes(whole[:-1])
+    path.write_bytes(whole[:-1])
     refuses("is not the published file", script.download, tmp_path / "data", *source)
 
 
@@ -144,7 +149,7 @@ def test_shapes_are_balanced_and_repeatable(shapes):
     images, labels, difficulty = script.draw_shapes.__wrapped__(200)
     assert time.perf_counter() - began < 1
     again = script.draw_shapes.__wrapped__(200)
-    assert np.array_equal(images, again[0]) and np.array_equal(labels, again[1])
+    assert torch.equal(images, again[0]) and torch.equal(labels, again[1])
 
 
 def test_shapes_fade_with_difficulty(shapes):
@@ -157,7 +162,8 @@ def test_shapes_fade_with_difficulty(shapes):
 
 def test_training_batches_shift_and_flip(shapes):
     """Each epoch shows every image once, as a crop of the padded original, flipped every other epoch."""
-    cfg = configure(script, "shapes", "tiny", "--batch", "100")
+    cfg = configure(script, "shapes", "tiny")
+    cfg.batch = 100
     data = dict(train=(shapes["train"][0][:250], torch.arange(250)))
     batches, shown, crops_seen = script.training_batches(data, cfg), [[], []], set()
     for epoch in (0, 1):
@@ -183,7 +189,8 @@ def test_training_batches_shift_and_flip(shapes):
 
 def test_windows_of_an_epoch_do_not_overlap():
     """They cover the text once, but for its ends, from another place every epoch."""
-    cfg = configure(script, "pydoc", "tiny", "--batch", "10")
+    cfg = configure(script, "pydoc", "tiny")
+    cfg.batch = 10
     text = torch.arange(64 * 40 + 1)
     window = text.unfold(0, 65, 1)
     batches, starts = script.training_batches(dict(train=(window[:, :-1], window[:, 1:])), cfg), set()

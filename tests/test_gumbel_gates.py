@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import gumbel_gates as script
-from conftest import build, configure, inputs, thresholds
+from conftest import build, configure, inputs, thresholds, steps
 from test_contract import executed_macs
 
 CASES = [(grain, dataset) for grain in ("layer", "token", "group") for dataset in ("shapes", "pydoc")]
@@ -222,13 +222,13 @@ def test_the_budget_is_for_the_batch_not_for_the_example():
 def test_training_meets_the_budget():
     """A few hundred steps on text: at threshold 0, the rule of training, MACs are near the budget."""
     torch.manual_seed(0)
-    cfg = configure(script, "pydoc", "tiny", "--steps", "400", "--budget", "0.7", "--depth", "3")
+    cfg = configure(script, "pydoc", "tiny", *steps(400), "--budget", "0.7", "--depth", "3")
     data, model = script.load_data(cfg), script.Model(cfg)
     script.train(model, data, cfg)
     few = [part[:100] for part in data["test"]]
     spent = script.summary(model, script.evaluate(model.masked, few, 0.0))["budget"]
     assert spent == pytest.approx(0.7, abs=0.15)
-    threshold, _ = script.calibrate(model, [part[:100] for part in data["calibration"]], 0.7)
+    threshold = script.calibrate(model, [part[:100] for part in data["calibration"]], 0.7)
     assert script.summary(model, script.evaluate(model.skipping, few, threshold))["budget"] == pytest.approx(
         0.7, abs=0.06)
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import moe as script
-from conftest import build, configure, inputs, thresholds
+from conftest import build, configure, inputs, thresholds, steps
 from test_contract import executed_macs
 
 ROUTINGS = ("top_p", "top_k", "relu")
@@ -273,11 +273,11 @@ def test_use_is_what_a_loop_counts():
 
 def test_training_meets_the_budget():
     """With relu the penalty brings it about; the budget is the calibration's at the latest."""
-    cfg = configure(script, "pydoc", "tiny", "--steps", "200", "--budget", "0.6")
+    cfg = configure(script, "pydoc", "tiny", *steps(200), "--budget", "0.6")
     torch.manual_seed(0)
     data, model = script.load_data(cfg), script.Model(cfg)
     script.train(model, data, cfg)
-    threshold, _ = script.calibrate(model, [part[:100] for part in data["calibration"]], 0.6)
+    threshold = script.calibrate(model, [part[:100] for part in data["calibration"]], 0.6)
     few = [part[:100] for part in data["test"]]
     result = script.evaluate(model.skipping, few, threshold)
     assert script.summary(model, result)["budget"] == pytest.approx(0.6, abs=0.02)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import token_boost as script
-from conftest import build, configure, inputs
+from conftest import build, configure, inputs, steps
 
 DATASETS = ("shapes", "pydoc")
 
@@ -181,12 +181,12 @@ def test_gates_join_a_trained_network():
 def test_training_boosts_and_meets_the_budget():
     """On text: every prefix works, a longer one better; the price of training spends the budget."""
     torch.manual_seed(0)
-    cfg = configure(script, "pydoc", "tiny", "--epochs", "1.5", "--budget", "0.6")
+    cfg = configure(script, "pydoc", "tiny", *steps(200), "--budget", "0.6")
     data, model = script.load_data(cfg), script.Model(cfg)
     script.train(model, data, cfg)
     few = [part[:100] for part in data["test"]]
     losses = [script.summary(model, script.evaluate(model.even, few, k))["loss"] for k in range(5)]
     assert sorted(losses, reverse=True) == losses and losses[1] < losses[0] - 0.1
-    threshold, _ = script.calibrate(model, [part[:100] for part in data["calibration"]], 0.6)
+    threshold = script.calibrate(model, [part[:100] for part in data["calibration"]], 0.6)
     result = script.evaluate(model.skipping, few, threshold)
     assert script.summary(model, result)["budget"] == pytest.approx(0.6, abs=0.05)
