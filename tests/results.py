@@ -1,7 +1,7 @@
 """Every table of numbers, made from the logs in .github/results.
 
     python tests/results.py             # print them
-    python tests/results.py --write     # into .github/results/RESULTS.md; a test compares the two
+    python tests/results.py --write     # into .github/results and the README; a test compares them
 
 Each log is the very file that a run wrote; means over seeds, with the lowest and the highest.
 """
@@ -13,9 +13,12 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from compare_rankings import STATIC, by_method, gather, markdown, number, paying_table, spread   # noqa: E402
+from compare_rankings import (   # noqa: E402
+    METHODS, STATIC, Ranking, by_method, draw_quality, frontier, gather, markdown, number, pair_table,
+    paying_table, rank, spread, study)
 
 KEPT = ROOT / ".github/results"
+MARKS = "<!-- results -->\n", "<!-- end -->\n"      # around what --write puts into the README
 DATA = dict(cifar10="JPEG copy of CIFAR-10", shakespeare="TinyShakespeare")
 
 
@@ -53,6 +56,46 @@ def zeros_table(logs):
                      "of neurons", "MACs run", "oracle bound", "time, batch 1", "time, batch 256"], rows)
 
 
+def rankings(logs):
+    """The five scripts as they are by default, and the loss of the static network -> rankings, study."""
+    found = rank([log for log in logs if log.name in METHODS])[0]
+    found += [Ranking("static loss", log.seed, log.loss) for log in logs if log.kind == "full"]
+    return found, study(found, None if logs[0].text else logs[0].label)
+
+
+def half_table():
+    """What the README shows first: quality at half of the MACs."""
+    rows = {name: [f"`{name}.py`"] for name in METHODS if name != STATIC}
+    static, full = ["static networks of half the MACs"], ["the static network, all MACs"]
+    for folder in DATA:
+        logs = gather([KEPT / f"{folder}-small"])
+        format = "{:.3f} nats".format if logs[0].text else "{:.2%}".format
+        methods = by_method(logs)
+        for name, row in rows.items():
+            points = [log.point(0.5) for log in methods[name]]
+            quality, random = (np.mean([values[k] for values, k in zip(each, points)]) for each in (
+                [log.quality for log in methods[name]], [log.random for log in methods[name]]))
+            row += [format(quality), format(random)]
+        static += [format(frontier(logs, 0.5 * methods[STATIC][0].static_macs)), ""]
+        full += [format(np.mean([log.quality[-1] for log in methods[STATIC]])), ""]
+    return markdown(["half of the MACs", "CIFAR-10", "its decisions at random", "TinyShakespeare",
+                     "at random"], [*rows.values(), static, full])
+
+
+def first_screen():
+    """The README's own numbers, lines between its marks."""
+    said = []
+    for folder, data in DATA.items():
+        ranked, found = rankings(gather([KEPT / f"{folder}-small"]))
+        names = list(by_method(ranked))
+        rho = found["disattenuated"]
+        rows = [[a, *(number(rho[i, j]) if j < i else "" for j in range(len(names) - 1))]
+                for i, a in enumerate(names) if i]
+        said += [f"Disattenuated rank correlation of the MACs of single examples, {data}:", "",
+                 *markdown(["", *names[:-1]], rows)]
+    return [*half_table(), *said]
+
+
 def tables():
     """The whole of RESULTS.md."""
     lines = ["# Results", "", "Made by `python3 tests/results.py --write` from the logs in this folder. "
@@ -72,7 +115,9 @@ def tables():
         if any(log.kind == "method" for log in logs):
             lines += ["Methods, `python3 METHOD.py` with the same options, all others as they are by default; "
                       "MACs, where they are calibrated to 0.35, 0.5, 0.6, 0.7 and 0.85 of the static network's:",
-                      "", *paying_table(logs)]
+                      "", *paying_table(logs),
+                      "Rankings by MACs at the chosen budget, of the five scripts as they are by default:", "",
+                      *pair_table(*rankings(logs))]
         lines += ["Zeros of the networks above, at full width and depth:", "",
                   *zeros_table([log for log in logs if log.meta["name"] == STATIC])]
     if lines[-1:] == [""] and len(lines) == 4:
@@ -87,5 +132,12 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.write:
         (KEPT / "RESULTS.md").write_text(tables(), encoding="utf-8")
+        readme = ROOT / "README.md"
+        before, rest = readme.read_text(encoding="utf-8").split(MARKS[0])
+        after = rest.split(MARKS[1], 1)[1]
+        shown = "\n".join(first_screen())
+        readme.write_text(before + MARKS[0] + shown + MARKS[1] + after, encoding="utf-8")
+        logs = [log for log in gather([KEPT / "cifar10-small"]) if log.kind != "method" or log.name in METHODS]
+        draw_quality(logs).savefig(KEPT / "quality.png", dpi=90)
     else:
         print(tables(), end="")
