@@ -15,6 +15,14 @@ def test_results_are_what_the_command_makes():
     assert (results.KEPT / "RESULTS.md").read_text(encoding="utf-8") == results.tables()
 
 
+def test_the_numbers_of_the_readme_are_what_the_command_makes():
+    """Between its marks; the text around them holds no result."""
+    before, rest = readme.split(results.MARKS[0])
+    shown, after = rest.split(results.MARKS[1], 1)
+    assert shown == "\n".join(results.first_screen())
+    assert not re.search(r"\d %|\d nats|rho", before.split("## What came out")[1] + after.split("## Where")[0])
+
+
 def test_every_command_names_a_script_that_is_there():
     named = set(re.findall(r"python3? (?:-m )?([\w/]+\.py)", readme))
     assert named and all((ROOT / path).exists() for path in named)

@@ -80,8 +80,8 @@ def test_the_log_follows_the_schema(finished):
     assert log["sweep_threshold"][-1] == scripts[name].Model(cfg).full
     if name != "relu_sparsity":                                             # which has no budget
         realised = log["sweep_macs"].mean(1) / meta["static_macs"]
-        asked = np.array(scripts[name].BUDGETS).clip(realised.min(), realised[-1])
-        assert np.abs(realised[:-1] - asked).max() < (0.15 if text else 0.05)           # a text has few gates yet
+        apart = np.abs(realised[:-1, None] - scripts[name].BUDGETS).min(1)      # what is further is left out
+        assert len(apart) and apart.max() < 0.051
     assert np.ptp(log["macs"]) > 0
     assert not text or (log["token_macs"].sum(1) <= log["macs"]).all()
 
