@@ -148,7 +148,11 @@ def main(cfg):
     neurons.plot(np.sort(by_neuron).T)
     neurons.set(title="firing rate of each neuron, a line for each layer", xlabel="neuron, sorted")
     figure.savefig(picture, dpi=120)
-    print(*means, *density.items(), f"wrote {log} and {picture}", sep="\n")
+    print(*means, sep="\n")
+    print("density by layer:", *(f"{share:.3f}" for share in density["layers"]))
+    print("oracle bound: {oracle_bound:.3f} of the MACs; of {neurons} neurons {never} never fire, "
+          "{always} always".format(**density))
+    print(f"wrote {log} and {picture}")
 
 
 # Below: identical in all five scripts; read it once.
@@ -509,7 +513,8 @@ def save(log, cfg, data, model, seconds, result, sweep, **extra):
             sweep_macs=[run["macs"] for run in sweep], sweep_loss=np.array(loss, np.float16),
             sweep_correct=np.array(correct, np.float16))
     part.replace(log)
-    return [f"{key}: {meta[key]}" for key in ("full", "at_budget", "wall_clock")]
+    return [f"{key}: " + ", ".join(f"{name} {value:.4g}" for name, value in meta[key].items())
+            for key in ("full", "at_budget", "wall_clock")]
 
 
 if __name__ == "__main__":
