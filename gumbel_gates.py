@@ -5,19 +5,14 @@ token or a group of its neurons (`--grain`), runs or does not:
 
     x <- x + g * sigmoid(z) * F(x),      g = 1 if z > 0 else 0
 
-A step has no gradient, so g could not be learned. The trick: argmax_j (s_j + Gumbel noise_j) draws
-choice j with probability softmax(s)_j; take this hard sample forward, and backward the gradient of
-softmax((s + noise) / temperature). To run or not is k = 2 with the scores (z, 0). The gradient is
-inexact, but has little noise. The factor sigmoid(z) tells what runs how much it helps.
+A step has no gradient. The trick: argmax_j (s_j + Gumbel noise_j) draws j with probability
+softmax(s)_j; backward it gets the gradient of softmax((s + noise) / temperature). Here s = (z, 0).
 
 The static network trains alone first; then gates join, and their budget falls from 1 to its value.
-The loss is the cross-entropy + 10 (mean MACs - budget)^2 over a batch; applied to each example, the
-budget would make all alike. For an eighth of each batch all gates are open, so that the whole
-network goes on learning. Afterwards there is no noise: a block runs where z > threshold.
+The loss is the cross-entropy + 10 (mean MACs - budget)^2 over a batch, an eighth of which runs with
+all gates open. Afterwards there is no noise: F runs where z > threshold.
 
-    python gumbel_gates.py                                   # CIFAR-10
-    python gumbel_gates.py --dataset shakespeare             # characters
-    python gumbel_gates.py --grain layer --estimator reinforce
+    python gumbel_gates.py --dataset shakespeare             # default: cifar10
 
 Papers: Jang et al. 2017, Maddison et al. 2017 (the trick); Veit and Belongie 2018 (ConvNet-AIG);
 Rao et al. 2021 (DynamicViT); Wang et al. 2018 (SkipNet); Raposo et al. 2024 (gate x probability).
@@ -50,11 +45,9 @@ def options(argv=None):
     add = parser.add_argument
     add("--budget", type=float, default=0.5, help="mean MACs, as a share of the static network's")
     add("--grain", choices=["layer", "token", "group"], default="token",
-        help="what a gate switches: a block, for an image; the MLP, for a token; or a quarter of "
-             "the MLP's neurons, for an image or a character")
+        help="what a gate switches: a block, the MLP of a token, or a quarter of its neurons")
     add("--estimator", choices=ESTIMATORS, default="gumbel",
-        help="how gates learn: by the trick; by a sigmoid's gradient, without noise; by the score "
-             "function: how much better sampled gates did than greedy ones")
+        help="how gates learn: by the trick, by a sigmoid's gradient, or by trial and reward")
     cfg = complete(parser, argv)
     if not 0 < cfg.budget <= 1 or cfg.depth < 2:
         parser.error("--budget must be above 0 and at most 1, --depth at least 2")
@@ -65,7 +58,6 @@ def options(argv=None):
 # gates of a block, and R rows of gates for an example: T where every token has its own, else 1.
 
 # === the mechanism ===
-# === shared: gumbel softmax ===
 def gumbel_softmax(scores, temperature):
     """One of k choices, drawn with the probabilities softmax(scores): (..., k) -> one-hot (..., k),
     with the gradient of the relaxed sample softmax((scores + noise) / temperature)."""
@@ -73,7 +65,6 @@ def gumbel_softmax(scores, temperature):
     soft = ((scores + noise) / temperature).softmax(-1)
     hard = F.one_hot(soft.argmax(-1), scores.shape[-1]).to(soft.dtype)
     return hard + (soft - soft.detach())                        # straight through: 0 is added
-# === end shared ===
 
 
 def sample_gates(z, estimator):
@@ -83,16 +74,8 @@ def sample_gates(z, estimator):
     p = z.sigmoid()
     if estimator == "sigmoid_st":                               # not sampled: open where p > 1/2
         return (z > 0).to(p.dtype) + (p - p.detach())
-    if estimator == "reinforce":
-        return torch.bernoulli(p.detach())
-    raise ValueError(f"estimator {estimator!r} is none of {ESTIMATORS}")
-
-
-def score_function(z, gates, advantage):
-    """REINFORCE: z, gates (L, B, R, U), advantage (B,) -> a scalar whose gradient by z is, in
-    expectation over sampled gates, that of the mean expected advantage, negated."""
-    log_p = -F.binary_cross_entropy_with_logits(z, gates, reduction="none")
-    return -(advantage.detach() * log_p.sum((0, 2, 3))).mean()
+    assert estimator == "reinforce", f"{estimator!r} is none of {ESTIMATORS}"
+    return torch.bernoulli(p.detach())
 
 
 class Gate(nn.Module):
@@ -111,8 +94,7 @@ class Gate(nn.Module):
 
 
 class Model(nn.Module):
-    """The static network with a gate before every block but the first, open where its score is
-    above the threshold."""
+    """The static network with gates before all blocks but the first, open above the threshold."""
     cheapest, full = 1e9, -1e9          # far outside the scores: the first block runs; all do
 
     def __init__(self, cfg):
@@ -122,14 +104,9 @@ class Model(nn.Module):
         self.by_block = cfg.grain == "layer" and not cfg.text
         self.units = 4 if cfg.grain == "group" else 1
         self.gates = nn.ModuleList(Gate(cfg.width, self.units) for _ in range(cfg.depth - 1))
-        mlp_macs = 8 * cfg.width ** 2
-        self.unit_macs = self.net.block_macs if self.by_block else mlp_macs // self.units
+        self.unit_macs = self.net.block_macs if self.by_block else 8 * cfg.width ** 2 // self.units
         self.gate_macs = len(self.gates) * self.gates[0].macs           # of an example, or a token
         self.budget_weight = 10.0
-
-    def gated_blocks(self):
-        """Pairs: a block, and the gate before it."""
-        return zip(self.net.blocks[1:], self.gates)
 
     def score(self, block, gate, x):
         """x (B, T, C) before a block -> scores of its gates (B, R, U)."""
@@ -137,10 +114,10 @@ class Model(nn.Module):
         return gate(seen if self.by_token else seen.mean(1, keepdim=True))
 
     def all_gates(self, x, threshold=None, decisions=None, opened=0):
-        """Everything is computed, and multiplied by its gate -> logits, scores (L, B, R, U), gates
+        """Everything is computed, and multiplied by its gate -> logits, gates (L, B, R, U), scores
         alike. Without a threshold gates are sampled, but those of the first inputs are opened."""
         x, layers = self.net.blocks[0](self.net.embed(x)), []
-        for layer, (block, gate) in enumerate(self.gated_blocks()):
+        for layer, (block, gate) in enumerate(zip(self.net.blocks[1:], self.gates)):
             z = self.score(block, gate, x)
             if decisions is not None:
                 gates = decisions[layer]
@@ -149,7 +126,7 @@ class Model(nn.Module):
             else:
                 gates = sample_gates(z.float(), self.estimator)
                 gates = torch.cat([torch.ones_like(z[:opened]), gates[opened:]])
-            layers.append((z, gates))
+            layers.append((gates, z))
             up, _, down = block.mlp
             h = up(block.mix(x)).relu().unflatten(-1, (self.units, -1))         # (B, T, U, H / U)
             factor = gates * z.sigmoid()
@@ -158,18 +135,15 @@ class Model(nn.Module):
 
     def dense(self, x, threshold=None, decisions=None):
         """x -> logits, gates (L, B, R, U)."""
-        logits, _, gates = self.all_gates(x, threshold, decisions)
-        return logits, gates
+        return self.all_gates(x, threshold, decisions)[:2]
 
     def loss(self, x, y, progress):
-        """What training minimises, and numbers for the progress bar. With reinforce its value means
-        nothing, its gradient does."""
+        """What training minimises (with reinforce it has the gradient), numbers for the bar."""
         if progress < 0.2:
-            logits = self.net(x)
-            loss = F.cross_entropy(logits.movedim(-1, 1), y)
-            return loss, dict(loss=loss, accuracy=(logits.argmax(-1) == y).float().mean())
+            loss = F.cross_entropy(self.net(x).movedim(-1, 1), y)
+            return loss, dict(loss=loss)
         n = len(x) // 8
-        logits, z, gates = self.all_gates(x, opened=n)
+        logits, gates, z = self.all_gates(x, opened=n)
         each = F.cross_entropy(logits.movedim(-1, 1), y, reduction="none")
         macs = self.count_macs(gates[:, n:])[0] / self.net.macs                 # (B - n,)
         budget = max(self.budget, 1 - (1 - self.budget) * (progress - 0.2) / 0.3)
@@ -177,15 +151,14 @@ class Model(nn.Module):
         loss = each.mean() + self.budget_weight * excess.square()
         if self.estimator == "reinforce":
             with torch.no_grad():       # greedy gates are the baseline, for the loss and for MACs
-                greedy, _, best = self.all_gates(x[n:], 0.0)
+                greedy, best = self.dense(x[n:], 0.0)
                 better = F.cross_entropy(greedy.movedim(-1, 1), y[n:], reduction="none") - each[n:]
                 cheaper = self.count_macs(best)[0] / self.net.macs - macs
-            share = len(macs) / len(x)                  # of the sampled ones in the mean
-            advantage = share * better.reshape(len(macs), -1).mean(1)
-            advantage = advantage + 2 * self.budget_weight * excess * cheaper
-            loss = loss + score_function(z[:, n:], gates[:, n:], advantage)
-        right = (logits.argmax(-1) == y).float().mean()
-        return loss, dict(loss=each.mean(), accuracy=right, macs=macs.mean())
+            advantage = (len(macs) / len(x) * better.reshape(len(macs), -1).mean(1)
+                         + 2 * self.budget_weight * excess * cheaper)
+            log_p = -F.binary_cross_entropy_with_logits(z[:, n:], gates[:, n:], reduction="none")
+            loss = loss - (advantage.detach() * log_p.sum((0, 2, 3))).mean()
+        return loss, dict(loss=each.mean(), macs=macs.mean())
 
     def masked(self, x, threshold):
         """Computes everything, counts what was open -> logits, macs (B,), token_macs (B, T)."""
@@ -195,7 +168,7 @@ class Model(nn.Module):
     def skipping(self, x, threshold):
         """What is closed is given no image, or no token -> logits, macs, token_macs."""
         x, decisions = self.net.blocks[0](self.net.embed(x)), []
-        for block, gate in self.gated_blocks():
+        for block, gate in zip(self.net.blocks[1:], self.gates):
             z = self.score(block, gate, x)                                      # (B, R, U)
             decisions.append((z > threshold).long())
             up, _, down = block.mlp
@@ -211,8 +184,7 @@ class Model(nn.Module):
         return self.net.head(x), *self.count_macs(decisions)
 
     def count_macs(self, decisions):
-        """Gates, L times (B, R, U) of 0 and 1 -> macs (B,), token_macs (B, T); with a gradient if
-        the gates have one."""
+        """L times (B, R, U) of 0 and 1 -> macs (B,), token_macs (B, T); gradients pass."""
         closed = sum((1 - gates).sum(-1) for gates in decisions)                # (B, R)
         token_macs = self.net.token_macs - closed * self.unit_macs
         if self.by_token:
@@ -233,21 +205,17 @@ def mutual_information(gates, label):
     return entropy(gates.mean(0)) - counts / len(label) @ entropy(p_open)
 
 
-def gradient_noise(model, x, y, repeats=30):
-    """How noisy is each estimator? Root of the total variance, over repeats on one batch, of the
-    gradient of the task by the gates' parameters, over the length of its mean; nan: too noisy."""
-    x, y = network_input(x[:7]), y[:7].long()       # without an eighth there are no targets
-    kept, noise = (model.estimator, model.budget_weight), {}
-    model.budget_weight = 0.0
-    for model.estimator in ESTIMATORS:
-        losses = (model.loss(x, y, 1.0)[0] for _ in range(repeats))
-        gradients = torch.stack([nn.utils.parameters_to_vector(
-            torch.autograd.grad(loss, list(model.gates.parameters()))) for loss in losses])
-        variance = gradients.var(0).sum()
-        square = gradients.mean(0).square().sum() - variance / repeats      # the mean is noisy, too
-        noise[model.estimator] = (variance / square).sqrt().item()
-    model.estimator, model.budget_weight = kept
-    return noise
+def gradient_noise(model, x, y, estimator, repeats=30):
+    """Root of the total variance, over repeats on one batch, of an estimator's gradient of the task
+    by the gates' parameters, over the length of its mean; nan: too noisy."""
+    x, y = network_input(x[:7]), y[:7].long()       # with 7 inputs no gate is opened
+    model.estimator, model.budget_weight = estimator, 0.0
+    losses = (model.loss(x, y, 1.0)[0] for _ in range(repeats))
+    gradients = torch.stack([nn.utils.parameters_to_vector(
+        torch.autograd.grad(loss, list(model.gates.parameters()))) for loss in losses])
+    variance = gradients.var(0).sum()
+    square = gradients.mean(0).square().sum() - variance / repeats      # the mean is noisy, too
+    return (variance / square).sqrt().item()
 
 
 def main(cfg):
@@ -263,32 +231,21 @@ def main(cfg):
     means = save(log, cfg, data, model, seconds, result, sweep, wall_clock=clock, random=random)
 
     with torch.no_grad():
-        gates = torch.cat([model.dense(network_input(x), threshold)[1]
-                           for x in data["test"][0].split(250)], 1)             # (L, N, R, U)
-    gates = gates.permute(1, 2, 0, 3).bool().cpu().numpy()                      # (N, R, L, U)
-    by_gate = gates.reshape(gates.shape[0] * gates.shape[1], -1)                # (N R, L U)
-    label = data["test"][0 if cfg.text else 1].cpu().numpy().flatten()  # a character read, a class
-    kind, shuffled = (each.repeat(len(by_gate) // len(label))
-                      for each in (label, np.random.default_rng(0).permutation(label)))
-    bits, chance = mutual_information(by_gate, kind), mutual_information(by_gate, shuffled)
-    noise = gradient_noise(model, *data["calibration"])
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    axis = figure.subplots()
-    kinds = np.bincount(kind).argsort()[::-1][:16]      # the most frequent ones
-    image = axis.imshow([by_gate[kind == each].mean(0) for each in kinds], aspect="auto", vmin=0,
-                        vmax=1)
+        gates = [model.dense(network_input(x), threshold)[1] for x in data["test"][0].split(250)]
+    gates = torch.cat(gates, 1).movedim(0, 2).flatten(2).flatten(0, 1).bool().cpu().numpy()
+    kind = data["test"][0 if cfg.text else 1].flatten().cpu().numpy()   # character read, or class
+    shuffled = np.random.default_rng(0).permutation(kind).repeat(len(gates) // len(kind))
+    kind = kind.repeat(len(gates) // len(kind))
+    bits, chance = (mutual_information(gates, each).max() for each in (kind, shuffled))
+    noise = {each: gradient_noise(model, *data["calibration"], each) for each in ESTIMATORS}
+    axis = Figure(figsize=(12, 5), layout="constrained").subplots()
+    kinds = np.bincount(kind).argsort()[::-1][:16]                  # the most frequent ones
+    axis.figure.colorbar(axis.imshow([gates[kind == k].mean(0) for k in kinds], aspect="auto"))
     axis.set_yticks(range(len(kinds)), [repr(chr(k)) if cfg.text else str(k) for k in kinds])
-    axis.set(title="how often a gate is open", xlabel="gate", ylabel="class, or character read",
-             xticks=range(by_gate.shape[1]))
-    figure.colorbar(image)
-    figure.savefig(picture, dpi=120)
-    print(*means, sep="\n")
-    rate, policies = by_gate.mean(0), len(np.unique(by_gate, axis=0))
-    print(f"gates: {(rate > 0.99).mean():.2f} always open, {(rate < 0.01).mean():.2f} never; "
-          f"{policies} policies")
-    print(f"the most informative gate: {bits.max():.3f} bits; labels shuffled: {chance.max():.3f}")
-    print("noise of the gates' gradient:", ", ".join(f"{k} {v:.2f}" for k, v in noise.items()))
-    print(f"wrote {log} and {picture}")
+    axis.set(title="how often a gate is open", xlabel="gate", ylabel="class, or character read")
+    axis.figure.savefig(picture, dpi=120)
+    print(*means, f"bits of the most informative gate: {bits:.3f}; labels shuffled: {chance:.3f}",
+          f"noise of the gates' gradient: {noise}", f"wrote {log} and {picture}", sep="\n")
 
 
 # Below: identical in all five scripts; read it once.

