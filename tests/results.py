@@ -54,6 +54,13 @@ def zeros_table(logs):
                      "of neurons", "MACs run", "oracle bound", "time, batch 1", "time, batch 256"], rows)
 
 
+def time_table(logs):
+    """What `skipping` takes at the chosen budget, beside the static network in the same process."""
+    rows = [[name, spread([log.macs.mean() for log in runs], 3), *map(spread, zip(*(log.time for log in runs)))]
+            for name, runs in by_method([log for log in logs if log.name in METHODS]).items()]
+    return markdown(["method", "MACs", "time, batch 1", "time, batch 256"], rows)
+
+
 def rankings(logs, resamples=300):
     """The five scripts as they are by default, and the loss of the static network -> rankings, study."""
     found = rank([log for log in logs if log.name in METHODS])[0]
@@ -119,7 +126,9 @@ def tables():
                       "or for hoyer `--sparsity-weight 0.1`); MACs, where they are calibrated to 0.35, 0.5, 0.6, 0.7 and 0.85 of the static network's:",
                       "", *paying_table(logs),
                       "Rankings by MACs at the chosen budget, of the five scripts as they are by default:", "",
-                      *pair_table(*rankings(logs))]
+                      *pair_table(*rankings(logs)),
+                      "Time on one thread of a CPU, beside other runs (unknown: not measured there):", "",
+                      *time_table(logs)]
         lines += ["Zeros of the networks above, at full width and depth:", "",
                   *zeros_table([log for log in logs if log.name.startswith(STATIC)])]
     if lines[-1:] == [""] and len(lines) == 4:
