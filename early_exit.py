@@ -1,12 +1,11 @@
 """Leave when sure: a network with an exit after every block.
 
-An easy input is often clear after a few blocks. Every block gets a head of its own, and an input
-leaves at the first head that is sure enough; for this input, the rest of the network never runs:
+Every block gets a head of its own. An easy input leaves early, at the first head that is sure:
 
     exit = the first l with certainty(head_l(x_l)) >= threshold, or the last
 
-An image leaves as a whole, a character of a text on its own: the blocks above skip its MLP, their
-convolutions run everywhere. Certainty is read off a head's probabilities, or (`--criterion gain`)
+For an image the blocks above never run; for a character their MLPs do not, their convolutions run
+everywhere. Certainty is read off a head's probabilities, or (`--criterion gain`)
 learned by a gate before the head, which predicts the loss that the rest of the network would save.
 
 `--loss sum` adds up the heads' cross-entropies. `--loss branching` trains them as one soft mixture
@@ -48,8 +47,7 @@ def options(argv=None):
         help="early heads train the blocks: always, never, late (default: mixed; for a text joint)")
     add("--loss", choices=["sum", "branching"], default="sum", help="how the heads are trained")
     add("--criterion", choices=["confidence", "margin", "entropy", "gain"],
-        help="how sure a head is: its best class, its lead over the second, 1 - relative entropy, "
-             "or a learned gate (default: margin; for a text gain)")
+        help="best class, lead over the second, 1 - entropy, a gate (default: margin; text: gain)")
     add("--risk", type=float, default=0.0,
         help="instead of the budget, a guarantee: the share of right answers that may turn wrong")
     cfg = complete(parser, argv)
@@ -87,11 +85,10 @@ class Readout(nn.Module):
         self.out = nn.Sequential(layers[0], *(m for each in layers[1:] for m in (nn.ReLU(), each)))
 
     def forward(self, x):
-        if self.image:
-            grid = x.transpose(1, 2).unflatten(2, (8, 8))
-            x = F.avg_pool2d(grid, 2).flatten(2).transpose(1, 2)                # (n, 16, C)
-        x = self.norm(x)
-        return self.out(x.flatten(1) if self.image else x)
+        if not self.image:
+            return self.out(self.norm(x))
+        x = F.avg_pool2d(x.transpose(1, 2).unflatten(2, (8, 8)), 2)             # (n, C, 4, 4)
+        return self.out(self.norm(x.flatten(2).transpose(1, 2)).flatten(1))
 
 
 def exit_weights(gate):
@@ -102,8 +99,7 @@ def exit_weights(gate):
 
 
 class Model(nn.Module):
-    """The static network with an exit after every block; the last one is its own head. An image, or
-    a character, leaves at the first exit whose certainty is at least the threshold."""
+    """The static network with exits; an input leaves where its certainty reaches the threshold."""
     cheapest, full = -0.01, 1.01        # everything leaves at the first exit, or at the last
 
     def __init__(self, cfg):
@@ -113,15 +109,11 @@ class Model(nn.Module):
         self.branching = cfg.loss == "branching"
         early, sizes = range(cfg.depth - 1), [cfg.classes] if cfg.text else [64, cfg.classes]
         self.heads = nn.ModuleList(Readout(cfg.width, sizes, not cfg.text) for _ in early)
-        self.gates = nn.ModuleList()
-        if self.branching or cfg.criterion == "gain":
-            self.gates.extend(Readout(cfg.width, [16, 1], not cfg.text) for _ in early)
+        gated = early if self.branching or cfg.criterion == "gain" else []
+        self.gates = nn.ModuleList(Readout(cfg.width, [16, 1], not cfg.text) for _ in gated)
         runs = torch.ones(cfg.depth, cfg.depth).triu()      # row: block; column: exit; 1 if it runs
         runs = runs[..., None].expand(-1, -1, cfg.tokens) if cfg.text else runs
         self.exit_macs = self.count_macs(runs)[0]                               # (L,)
-
-    def answer(self, layer, x):     # states after a block -> logits (..., K) of its exit
-        return self.heads[layer](x) if layer < len(self.heads) else self.net.head(x)
 
     def sure(self, layer, x, logits=None):      # -> (...), from 0 to 1; a gate needs no logits
         if self.gates:
@@ -129,9 +121,8 @@ class Model(nn.Module):
         return certainty(logits.detach(), self.criterion)
 
     def all_exits(self, x, threshold=None, decisions=None, apart=False):
-        """Everything is computed; what has left keeps its state -> logits (L, ..., K), certainty
-        (L - 1, ...), and decisions (L, ...), 1 where a block still runs, by default everywhere.
-        apart: early heads learn, and do not teach the blocks."""
+        """Everything is computed; what left keeps its state -> logits (L, ..., K), certainty of
+        L - 1, decisions (L, ...), 1 where a block runs. apart: early heads do not teach blocks."""
         x, logits, certainties, runs = self.net.embed(x), [], [], []
         active = x.new_ones(x.shape[:2] if self.text else x.shape[:1])
         for layer, block in enumerate(self.net.blocks):
@@ -139,14 +130,14 @@ class Model(nn.Module):
             wide = active[..., None] if self.text else active[:, None, None]
             x = torch.where(wide > 0, block(x), x)
             runs.append(active)
-            last = layer == len(self.net.blocks) - 1
-            seen = x.detach() if apart and not last else x
-            logits.append(self.answer(layer, seen))
-            if not last:
-                seen = seen if self.branching else x.detach()
-                certainties.append(self.sure(layer, seen, logits[-1]))
-                if threshold is not None:
-                    active = active * (certainties[-1] < threshold)
+            if layer == len(self.heads):
+                break
+            seen = x.detach() if apart else x
+            logits.append(self.heads[layer](seen))
+            certainties.append(self.sure(layer, seen if self.branching else x.detach(), logits[-1]))
+            if threshold is not None:
+                active = active * (certainties[-1] < threshold)
+        logits.append(self.net.head(x))
         return torch.stack(logits), torch.stack(certainties), torch.stack(runs)
 
     def dense(self, x, threshold=None, decisions=None):
@@ -161,20 +152,19 @@ class Model(nn.Module):
         logits, sure, _ = self.all_exits(x, apart=apart)
         each = torch.stack([F.cross_entropy(z.movedim(-1, 1), y, reduction="none") for z in logits])
         losses = each.flatten(1).mean(1)                                        # (L,)
-        shown = dict(loss=losses[-1], accuracy=(logits[-1].argmax(-1) == y).float().mean())
         if not self.branching:
             weight = EARLY[self.text]
             loss = (losses[-1] + weight * losses[:-1].sum()) / (1 + weight * (len(losses) - 1))
             if self.gates:
                 gain = (each[:-1] - each[-1]).detach()      # what the rest of the network saves
                 loss = loss + 0.1 * (sure.logit(1e-6) + gain).square().mean()
-            return loss, shown
+            return loss, dict(loss=losses[-1])
         weights = exit_weights(sure)                                            # (L, ...)
         log_p = weights.clamp_min(1e-9).log()[..., None] + logits.float().log_softmax(-1)
         loss = F.nll_loss(log_p.logsumexp(0).movedim(-1, 1), y)
-        shares = self.exit_macs.to(weights.device) / self.net.macs
-        macs = (weights.flatten(1).mean(1) * shares).sum()
-        return losses[-1] + loss + 10 * (macs - self.budget).square(), shown | dict(macs=macs)
+        macs = (weights.flatten(1).mean(1) * (self.exit_macs / self.net.macs).to(x.device)).sum()
+        loss = losses[-1] + loss + 10 * (macs - self.budget).square()
+        return loss, dict(loss=losses[-1], macs=macs)
 
     def masked(self, x, threshold):
         """Computes everything, counts what ran -> logits, macs (B,), token_macs (B, T)."""
@@ -188,20 +178,17 @@ class Model(nn.Module):
         answer = x.new_zeros(*active.shape, self.net.out.out_features)
         for layer, block in enumerate(self.net.blocks):
             decisions.append(active)
-            if self.text:
-                here = x[active] + block.mlp(block.mix(x)[active])              # (n, C)
-                x[active] = here
-            else:
-                here = x = block(x)                                             # (n, T, C)
-            if layer == len(self.net.blocks) - 1:
-                answer[active] = self.answer(layer, here)
+            here = x[active] + block.mlp(block.mix(x)[active]) if self.text else block(x)
+            x = x.masked_scatter(active[..., None], here) if self.text else here
+            if layer == len(self.heads):
                 break
-            logits = None if self.gates else self.answer(layer, here)
+            logits = None if self.gates else self.heads[layer](here)
             leaves = self.sure(layer, here, logits) >= threshold                # (n,)
             leaving = torch.zeros_like(active).masked_scatter(active, leaves)
-            answer[leaving] = self.answer(layer, here[leaves]) if self.gates else logits[leaves]
+            answer[leaving] = self.heads[layer](here[leaves]) if self.gates else logits[leaves]
             active = active & ~leaving
             x = x if self.text else x[~leaves]
+        answer[active] = self.net.head(here)
         return answer, *self.count_macs(decisions)
 
     def count_macs(self, decisions):
@@ -212,34 +199,28 @@ class Model(nn.Module):
         passed, last = (self.gates[0].macs, head) if self.gates else (head, 0)
         heads = depth.clamp_max(L - 1) * passed + (depth < L) * last + (depth == L) * net.head_macs
         if self.text:
-            skipped = (L - depth) * 8 * net.out.in_features ** 2                # MLPs
-            token_macs = L * net.block_macs - skipped + heads
+            token_macs = L * net.block_macs - (L - depth) * 8 * net.out.in_features ** 2 + heads
             return token_macs.sum(1), token_macs
         token_macs = (depth * net.block_macs)[:, None].expand(-1, len(net.position))
         return net.example_macs - net.head_macs + heads + token_macs.sum(1), token_macs
 
 
 def certify(lost, risk, error=0.05):
-    """Learn then Test: what N examples lose, in [0, 1], from the safest threshold to the boldest,
-    S x (N,) -> how many pass before the first whose true mean could exceed `risk`. By Hoeffding it
-    exceeds the observed mean by sqrt(ln(1 / error) / 2 N) with probability at most `error`."""
-    def safe(losses):
-        return losses.mean() + math.sqrt(math.log(1 / error) / (2 * len(losses))) <= risk
-
-    return sum(1 for _ in itertools.takewhile(safe, lost))
+    """Learn then Test: losses in [0, 1], from the safest threshold to the boldest, S times (N,) ->
+    how many pass before one whose true mean, by Hoeffding, exceeds `risk` with chance `error`."""
+    safe = (each.mean() + math.sqrt(-math.log(error) / 2 / len(each)) <= risk for each in lost)
+    return sum(itertools.takewhile(bool, safe))
 
 
 def certified_threshold(model, split, risk):
     """The boldest of 51 thresholds at which, 95 % certain, at most `risk` of the answers are right
     in full and wrong early; that of the full model if too few examples can tell."""
-    def right(threshold):
-        result = evaluate(model.masked, split, threshold)
-        return (result["prediction"] == result["label"]).reshape(len(result["macs"]), -1)
-
     grid = model.full + (model.cheapest - model.full) * np.linspace(0, 1, 51) ** 2
-    full = right(model.full)
-    passed = certify(((full & ~right(each)).mean(1) for each in tqdm(grid, "certify")), risk)
-    return float(grid[max(passed - 1, 0)])
+    runs = (evaluate(model.masked, split, threshold) for threshold in tqdm(grid, "certify"))
+    right = (run["prediction"] == run["label"] for run in runs)
+    full = next(right)                                                          # (N, ...)
+    lost = ((full & ~early).reshape(len(full), -1).mean(1) for early in right)
+    return float(grid[certify(lost, risk)])
 
 
 def main(cfg):
@@ -256,21 +237,15 @@ def main(cfg):
     clock = wall_clock(cfg, model, data["test"][0], threshold)
     means = save(log, cfg, data, model, seconds, result, sweep, wall_clock=clock, random=random)
 
-    with torch.no_grad():
-        alone = [model.all_exits(network_input(x))[0].argmax(-1) == y
-                 for x, y in zip(*(part.split(250) for part in data["test"]))]      # (L, 250, ...)
-    alone = torch.cat(alone, 1).flatten(1).float().mean(1).tolist()
-    unit, cost = (cfg.tokens, "token_macs") if cfg.text else (1, "macs")
-    left = [(result[cost] == macs // unit).mean() for macs in model.exit_macs.tolist()]
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axis = figure.subplots()
-    axis.bar(range(cfg.depth), left, color="lightgrey", label="share that leaves here")
-    axis.plot(alone, "o-", label="accuracy, if all did")
-    axis.set(xlabel="exit")
-    axis.legend()
-    figure.savefig(picture, dpi=120)
-    print(*means, f"share that leaves at each exit: {left}", f"accuracy, if all did: {alone}",
-          f"wrote {log} and {picture}", sep="\n")
+    unit, key = (cfg.tokens, "token_macs") if cfg.text else (1, "macs")
+    left = [[(run[key] == macs // unit).mean() for macs in model.exit_macs.tolist()]
+            for run in sweep]                                                   # (S, L)
+    axis = Figure(figsize=(8, 5), layout="constrained").subplots()
+    axis.plot(np.transpose(left), "o-")
+    axis.set(title="share that leaves at each exit, by MACs", xlabel="exit")
+    axis.legend([f"{run['macs'].mean() / model.net.macs:.2f}" for run in sweep])
+    axis.figure.savefig(picture, dpi=120)
+    print(*means, f"wrote {log} and {picture}", sep="\n")
 
 
 # Below: identical in all five scripts; read it once.

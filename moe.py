@@ -4,22 +4,15 @@ The MLP of a block becomes a small shared expert, which always runs, E larger on
 
     y = shared(x) + sum over the chosen e of w_e * expert_e(x)
 
-Together the experts are larger than the MLP they replace; a token pays for those it runs. Expert e
-runs if need_e < threshold, one number for all layers and tokens, and w_e > 0. By `--routing`:
+Expert e runs if need_e < threshold, one number for all layers and tokens, and w_e > 0. `--routing`:
 
     top_p   w = softmax(router(x)), need = the weights of all experts ahead of e
     top_k   the same w, need = the rank of e / E: as many experts for every token
-    relu    w = relu(router(x)), need = -router(x): experts of weight 0 need not run. A penalty on
-            w, weighted by load, grows or falls until as many run as the budget buys
+    relu    w = relu(router(x)), need = -router(x); a penalty on w, by load, meets the budget
 
-The weights w are not divided by their sum: with one expert w would be 1 whatever the router says,
-and the task could not train it. Left alone routers collapse: an expert that is used learns and is
-used more. The balance loss E * sum_e f_e P_e (f: share of all work done by e, P: mean of w) evens
-the load; `--balance 0` shows the collapse. No token is dropped, nothing depends on the rest of a
-batch. The random control deals out counts; which experts run stays the router's choice.
-
-    python moe.py                                            # CIFAR-10
-    python moe.py --dataset shakespeare                      # characters
+The weights are not divided by their sum, or at k = 1 the task could not train the router. Left
+alone (`--balance 0`) routers collapse; the balance loss E * sum_e f_e P_e (f: share of all work, P:
+mean of w) evens the load. The random control deals out counts; the router still picks the experts.
 
 Papers: Shazeer et al. 2017; Fedus et al. 2021 (Switch); Zoph et al. 2022 (ST-MoE, z-loss); Huang
 et al. 2024 (top_p); Dai et al. 2024 (DeepSeekMoE, shared); Wang et al. 2024 (ReMoE, relu).
@@ -49,16 +42,14 @@ def options(argv=None):
     parser = shared_options(__doc__)
     add = parser.add_argument
     add("--budget", type=float, default=0.5, help="mean MACs, as a share of the static network's")
-    add("--routing", choices=["top_p", "top_k", "relu"], default="relu",
-        help="which experts a token runs")
+    add("--routing", choices=["top_p", "top_k", "relu"], default="relu", help="which experts run")
     add("--experts", type=int, default=8, help="that a router chooses from, in each layer")
     add("--hidden", type=int, help="neurons of an expert (default: the width)")
     add("--balance", type=float, default=0.01, help="weight of the balance loss; relu: 0 or not")
     cfg = complete(parser, argv)
     cfg.hidden = cfg.width if cfg.hidden is None else cfg.hidden
     if not (0 < cfg.budget <= 1 and 0 < cfg.experts and 0 < cfg.hidden and 0 <= cfg.balance < 1e6):
-        parser.error("--budget, --experts and --hidden must be above 0, --budget at most 1, "
-                     "--balance not negative")
+        parser.error("--budget is in (0, 1], --experts, --hidden above 0, --balance not below 0")
     return cfg
 
 
@@ -66,17 +57,15 @@ def options(argv=None):
 
 # === the mechanism ===
 def weigh(scores, routing):
-    """Router scores (..., E) -> weights of the experts, and need, alike: the threshold above which
-    an expert runs, without a gradient."""
+    """Router scores (..., E) -> weights, and need: an expert runs at thresholds above it."""
     if routing == "relu":
         return scores.relu(), -scores.detach()
     p = scores.softmax(-1)
     ranked, order = p.detach().sort(dim=-1, descending=True, stable=True)
     if routing == "top_k":
         return p, order.argsort(-1).to(p) / p.shape[-1]
-    if routing == "top_p":
-        return p, torch.zeros_like(p).scatter(-1, order, ranked.cumsum(-1) - ranked)
-    raise ValueError(f"routing {routing!r} is none of top_p, top_k, relu")
+    assert routing == "top_p", f"{routing!r} is none of top_p, top_k, relu"
+    return p, torch.zeros_like(p).scatter(-1, order, ranked.cumsum(-1) - ranked)
 
 
 def threshold_for(needed, k):
@@ -107,8 +96,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """E experts of h neurons each; and a shared one of half the size, which always runs, and whose
-    output bias is the layer's."""
+    """E experts of h neurons, and a shared one of half the size, with the layer's output bias."""
 
     def __init__(self, width, experts, hidden):
         super().__init__()
@@ -124,8 +112,7 @@ class Experts(nn.Module):
                                     for e, expert in enumerate(self.experts))
 
     def dispatch(self, x, weight):
-        """The same, at the cost of the experts whose weight is not 0: tokens are gathered expert by
-        expert, go through their experts, and are added up where they came from."""
+        """The same, but an expert is given the tokens whose weight for it is not 0, no others."""
         tokens, weight = x.flatten(0, -2), weight.flatten(0, -2)
         expert, token = weight.t().nonzero(as_tuple=True)                       # sorted by expert
         counts = expert.bincount(minlength=len(self.experts)).tolist()
@@ -136,8 +123,7 @@ class Experts(nn.Module):
 
 
 class Model(nn.Module):
-    """The static network with experts in place of every MLP. The shared one always runs, another
-    where its need is below the threshold and its weight above 0."""
+    """The static network with experts in place of every MLP."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -160,7 +146,7 @@ class Model(nn.Module):
 
     def all_experts(self, x, threshold=None, decisions=None, dispatch=False):
         """Everything is computed, or by dispatch only what is chosen -> logits, and of all layers
-        scores, need and chosen (L, B, T, E). threshold None: that of training."""
+        chosen, scores and need (L, B, T, E). threshold None: that of training."""
         x, layers = self.net.embed(x), []
         threshold = self.threshold if threshold is None else threshold
         for layer, (block, router) in enumerate(zip(self.net.blocks, self.routers)):
@@ -172,21 +158,20 @@ class Model(nn.Module):
                 count = decisions[layer].sum(-1, keepdim=True)
                 chosen = needed.argsort(dim=-1, stable=True).argsort(-1) < count
             chosen = chosen.to(weight.dtype)
-            layers.append((scores, needed, chosen))
+            layers.append((chosen, scores, needed))
             run = block.mlp.dispatch if dispatch else block.mlp
             x = x + block.drop(run(h, weight * chosen))
         return self.net.head(x), *(torch.stack(part) for part in zip(*layers))
 
     def dense(self, x, threshold=None, decisions=None):
         """x -> logits, chosen (L, B, T, E)."""
-        logits, _, _, chosen = self.all_experts(x, threshold, decisions)
-        return logits, chosen
+        return self.all_experts(x, threshold, decisions)[:2]
 
     def loss(self, x, y, progress):
         """What training minimises, and numbers for the progress bar."""
-        logits, scores, needed, chosen = self.all_experts(x, dispatch=True)
+        logits, chosen, scores, needed = self.all_experts(x, dispatch=True)
         loss, run = F.cross_entropy(logits.movedim(-1, 1), y), chosen.sum(-1).mean()
-        shown = dict(loss=loss, accuracy=(logits.argmax(-1) == y).float().mean(), experts=run)
+        shown = dict(loss=loss, experts=run)
         if self.routing == "relu":
             if self.training:
                 self.penalty.mul_(torch.where(run > self.k, 1.05, 1 / 1.05)).clamp_(1e-9, 1e3)
@@ -208,7 +193,7 @@ class Model(nn.Module):
 
     def skipping(self, x, threshold):
         """Every expert is given its own tokens and no others -> logits, macs, token_macs."""
-        logits, _, _, chosen = self.all_experts(x, threshold, dispatch=True)
+        logits, chosen, _, _ = self.all_experts(x, threshold, dispatch=True)
         return logits, *self.count_macs(chosen.long())
 
     def count_macs(self, decisions):
@@ -221,15 +206,13 @@ class Model(nn.Module):
 @torch.no_grad()
 def expert_use(model, split, threshold, kind):
     """How often tokens of each kind run each expert: kind (N T,) -> (kinds, L, E), in order."""
-    chosen = [model.dense(network_input(x), threshold)[1].flatten(1, 2)
-              for x in split[0].split(250)]
-    chosen = torch.cat(chosen, 1).cpu().numpy()                                 # (L, N T, E)
+    chosen = [model.dense(network_input(x), threshold)[1] for x in split[0].split(250)]
+    chosen = torch.cat(chosen, 1).flatten(1, 2).cpu().numpy()                   # (L, N T, E)
     return np.stack([chosen[:, kind == each].mean(1) for each in np.unique(kind)])
 
 
 def specialisation(use, counts):
-    """use (kinds, L, E), counts (kinds,) of tokens -> bits (L,) that the name of an expert tells
-    about the kind of a token that it runs: the mutual information of both."""
+    """use (kinds, L, E), counts (kinds,) -> mutual information of expert and kind, bits (L,)."""
     both = use * counts[:, None, None]
     both = both / np.maximum(both.sum((0, 2), keepdims=True), 1e-9)
     apart = both.sum(0, keepdims=True) * both.sum(2, keepdims=True)
@@ -254,24 +237,15 @@ def main(cfg):
     shuffled = np.random.default_rng(0).permutation(kind if cfg.text else y)
     chance = expert_use(model, data["test"], threshold, shuffled.repeat(len(kind) // len(shuffled)))
     counts = np.unique(kind, return_counts=True)[1]
-    load_of = np.einsum("kle,k->le", use, counts)
-    load_of = load_of / np.maximum(load_of.sum(1, keepdims=True), 1)        # shares of the work
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    loads, kinds = figure.subplots(1, 2)
-    for axis, image in ((loads, load_of), (kinds, use.reshape(len(use), -1))):
-        figure.colorbar(axis.imshow(image, aspect="auto", vmin=0), ax=axis)
-    loads.set(title="share of a layer's work", xlabel="expert", ylabel="layer",
-              yticks=range(cfg.depth))
-    kinds.set(title="how often it runs, by class or character", xlabel="expert of each layer")
-    figure.savefig(picture, dpi=120)
-    print(*means, sep="\n")
-    print("effective number of experts by layer:",
-          *(f"{each:.1f}" for each in load_of.any(1) / np.maximum(np.square(load_of).sum(1), 1e-9)))
-    print(f"dead experts: {(load_of == 0).sum()} of {load_of.size}")
-    print("bits that an expert tells about the class or character, by layer:",
-          *(f"{each:.3f}" for each in specialisation(use, counts)), "; shuffled:",
-          *(f"{each:.3f}" for each in specialisation(chance, counts)))
-    print(f"wrote {log} and {picture}")
+    work = np.einsum("kle,k->le", use, counts / counts.sum())
+    axis = Figure(figsize=(8, 5), layout="constrained").subplots()
+    axis.figure.colorbar(axis.imshow(work, aspect="auto", vmin=0))
+    axis.set(title="load: share of tokens that run it", xlabel="expert", ylabel="layer")
+    axis.figure.savefig(picture, dpi=120)
+    bits, by_chance = (specialisation(each, counts).round(3) for each in (use, chance))
+    print(*means, f"dead experts: {(work == 0).sum()} of {work.size}",
+          f"bits that an expert tells about the class or character: {bits}; shuffled: {by_chance}",
+          f"wrote {log} and {picture}", sep="\n")
 
 
 # Below: identical in all five scripts; read it once.

@@ -123,7 +123,7 @@ def spread_exits(model, x):
             continue
         last = model.heads[layer].out[-1]
         for _ in range(60):
-            factor = 1.15 if model.sure(layer, x, model.answer(layer, x)).quantile(2 / 3) < 0.5 else 1 / 1.1
+            factor = 1.15 if model.sure(layer, x, model.heads[layer](x)).quantile(2 / 3) < 0.5 else 1 / 1.1
             last.weight *= factor
             last.bias *= factor
 
