@@ -242,7 +242,7 @@ def main(cfg):
             for run in sweep]                                                   # (S, L)
     axis = Figure(figsize=(8, 5), layout="constrained").subplots()
     axis.plot(np.transpose(left), "o-")
-    axis.set(title="share that leaves at each exit, by MACs", xlabel="exit")
+    axis.set(title="share that leaves, by MACs", xlabel="exit", xticks=range(cfg.depth))
     axis.legend([f"{run['macs'].mean() / model.net.macs:.2f}" for run in sweep])
     axis.figure.savefig(picture, dpi=120)
     print(*means, f"wrote {log} and {picture}", sep="\n")

@@ -240,7 +240,7 @@ def main(cfg):
     work = np.einsum("kle,k->le", use, counts / counts.sum())
     axis = Figure(figsize=(8, 5), layout="constrained").subplots()
     axis.figure.colorbar(axis.imshow(work, aspect="auto", vmin=0))
-    axis.set(title="load: share of tokens that run it", xlabel="expert", ylabel="layer")
+    axis.set(title="share of tokens", xlabel="expert", ylabel="layer", yticks=range(cfg.depth))
     axis.figure.savefig(picture, dpi=120)
     bits, by_chance = (specialisation(each, counts).round(3) for each in (use, chance))
     print(*means, f"dead experts: {(work == 0).sum()} of {work.size}",

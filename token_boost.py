@@ -235,7 +235,8 @@ def main(cfg):
     share = [(counts == k).float().mean((1, 2)).tolist() for k in range(cfg.learners + 1)]
     axis = Figure(figsize=(8, 5), layout="constrained").subplots()
     axis.figure.colorbar(axis.imshow(share, aspect="auto", vmin=0, origin="lower"))
-    axis.set(title="share of tokens", xlabel="layer", ylabel="learners that run")
+    axis.set(title="share of tokens", xlabel="layer", ylabel="learners that run",
+             xticks=range(cfg.depth))
     axis.figure.savefig(picture, dpi=120)
     prefixes = [f"{k} learners for every token: {each}" for k, each in enumerate(even)]
     print(*means, *prefixes, f"wrote {log} and {picture}", sep="\n")
