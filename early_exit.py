@@ -5,8 +5,8 @@ Every block gets a head of its own. An easy input leaves early, at the first hea
     exit = the first l with certainty(head_l(x_l)) >= threshold, or the last
 
 For an image the blocks above never run; for a character their MLPs do not, their convolutions run
-everywhere. Certainty is read off a head's probabilities, or (`--criterion gain`)
-learned by a gate before the head, which predicts the loss that the rest of the network would save.
+everywhere. Certainty is read off a head's probabilities, or (`--criterion gain`) learned by a gate
+before it, which predicts the loss that the rest would save. Try `python early_exit.py --risk 0.03`.
 
 `--loss sum` adds up the heads' cross-entropies. `--loss branching` trains them as one soft mixture
 with gates g_l, whose expected MACs c_1 it brings to the budget (MACs_l: all up to exit l):
@@ -307,6 +307,7 @@ class StaticNet(nn.Module):
 
     def forward(self, x):
         return self.head(self.blocks(self.embed(x)))
+# === end shared ===
 
 
 # === shared: data ===
@@ -322,7 +323,8 @@ def download(folder, name, url, sha256):
     path = Path(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        tqdm.write(f"fetching {url}; without a network, take --dataset shapes or pydoc", sys.stderr)
+        tqdm.write(f"fetching {url}; without a network put it at {path} by hand, or take --dataset "
+                   "shapes or pydoc", sys.stderr)
         torch.hub.download_url_to_file(url, str(path))
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise OSError(f"{path} is not the published file; delete it and run again")
@@ -399,6 +401,7 @@ def training_batches(data, cfg):
                 flip = (index + epoch) % 2 == 0
                 batch[flip] = batch[flip].flip(3)
             yield batch, y[index].long()
+# === end shared ===
 
 
 # === shared: options ===
@@ -448,6 +451,7 @@ def complete(parser, argv):
         if not least <= getattr(cfg, key) < 1e6:
             parser.error(f"--{key} must be at least {least} and below a million")
     return cfg
+# === end shared ===
 
 
 # === shared: training ===
@@ -479,6 +483,7 @@ def train(model, data, cfg):
             bar.set_postfix({key: f"{value.item():.3f}" for key, value in shown.items()})
     model.eval()
     return time.perf_counter() - began
+# === end shared ===
 
 
 # === shared: evaluation ===
@@ -556,6 +561,7 @@ def wall_clock(cfg, model, x, threshold):
         y.sum().item()    # waits for a GPU
         seconds.setdefault(f"{name}_ms_batch_{batch}", []).append(time.perf_counter() - began)
     return {key: 1000 * float(np.median(each[3:])) for key, each in seconds.items()}
+# === end shared ===
 
 
 # === shared: log and picture ===
@@ -608,6 +614,7 @@ def save(log, cfg, data, model, seconds, result, sweep, **extra):
     part.replace(log)
     return [f"{key}: " + ", ".join(f"{name} {value:.4g}" for name, value in meta[key].items())
             for key in ("full", "at_budget", "wall_clock")]
+# === end shared ===
 
 
 if __name__ == "__main__":

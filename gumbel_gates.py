@@ -215,7 +215,7 @@ def gradient_noise(model, x, y, estimator, repeats=30):
         torch.autograd.grad(loss, list(model.gates.parameters()))) for loss in losses])
     variance = gradients.var(0).sum()
     square = gradients.mean(0).square().sum() - variance / repeats      # the mean is noisy, too
-    return (variance / square).sqrt().item()
+    return round((variance / square).sqrt().item(), 2)
 
 
 def main(cfg):
@@ -240,9 +240,9 @@ def main(cfg):
     noise = {each: gradient_noise(model, *data["calibration"], each) for each in ESTIMATORS}
     axis = Figure(figsize=(12, 5), layout="constrained").subplots()
     kinds = np.bincount(kind).argsort()[::-1][:16]                  # the most frequent ones
-    axis.figure.colorbar(axis.imshow([gates[kind == k].mean(0) for k in kinds], aspect="auto"))
+    axis.imshow([gates[kind == k].mean(0) for k in kinds], aspect="auto", vmin=0, vmax=1)
     axis.set_yticks(range(len(kinds)), [repr(chr(k)) if cfg.text else str(k) for k in kinds])
-    axis.set(title="how often a gate is open", xlabel="gate", ylabel="class, or character read")
+    axis.set(title="a gate is open: never (dark) to always", xlabel="gate", ylabel="what is read")
     axis.figure.savefig(picture, dpi=120)
     print(*means, f"bits of the most informative gate: {bits:.3f}; labels shuffled: {chance:.3f}",
           f"noise of the gates' gradient: {noise}", f"wrote {log} and {picture}", sep="\n")
@@ -307,6 +307,7 @@ class StaticNet(nn.Module):
 
     def forward(self, x):
         return self.head(self.blocks(self.embed(x)))
+# === end shared ===
 
 
 # === shared: data ===
@@ -322,7 +323,8 @@ def download(folder, name, url, sha256):
     path = Path(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        tqdm.write(f"fetching {url}; without a network, take --dataset shapes or pydoc", sys.stderr)
+        tqdm.write(f"fetching {url}; without a network put it at {path} by hand, or take --dataset "
+                   "shapes or pydoc", sys.stderr)
         torch.hub.download_url_to_file(url, str(path))
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise OSError(f"{path} is not the published file; delete it and run again")
@@ -399,6 +401,7 @@ def training_batches(data, cfg):
                 flip = (index + epoch) % 2 == 0
                 batch[flip] = batch[flip].flip(3)
             yield batch, y[index].long()
+# === end shared ===
 
 
 # === shared: options ===
@@ -448,6 +451,7 @@ def complete(parser, argv):
         if not least <= getattr(cfg, key) < 1e6:
             parser.error(f"--{key} must be at least {least} and below a million")
     return cfg
+# === end shared ===
 
 
 # === shared: training ===
@@ -479,6 +483,7 @@ def train(model, data, cfg):
             bar.set_postfix({key: f"{value.item():.3f}" for key, value in shown.items()})
     model.eval()
     return time.perf_counter() - began
+# === end shared ===
 
 
 # === shared: evaluation ===
@@ -556,6 +561,7 @@ def wall_clock(cfg, model, x, threshold):
         y.sum().item()    # waits for a GPU
         seconds.setdefault(f"{name}_ms_batch_{batch}", []).append(time.perf_counter() - began)
     return {key: 1000 * float(np.median(each[3:])) for key, each in seconds.items()}
+# === end shared ===
 
 
 # === shared: log and picture ===
@@ -608,6 +614,7 @@ def save(log, cfg, data, model, seconds, result, sweep, **extra):
     part.replace(log)
     return [f"{key}: " + ", ".join(f"{name} {value:.4g}" for name, value in meta[key].items())
             for key in ("full", "at_budget", "wall_clock")]
+# === end shared ===
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ Expert e runs if need_e < threshold, one number for all layers and tokens, and w
 
 The weights are not divided by their sum, or at k = 1 the task could not train the router. Left
 alone (`--balance 0`) routers collapse; the balance loss E * sum_e f_e P_e (f: share of all work, P:
-mean of w) evens the load. The random control deals out counts; the router still picks the experts.
+mean of w) evens the load. Try `python moe.py --routing top_k`, or `--dataset shakespeare`.
 
 Papers: Shazeer et al. 2017; Fedus et al. 2021 (Switch); Zoph et al. 2022 (ST-MoE, z-loss); Huang
 et al. 2024 (top_p); Dai et al. 2024 (DeepSeekMoE, shared); Wang et al. 2024 (ReMoE, relu).
@@ -307,6 +307,7 @@ class StaticNet(nn.Module):
 
     def forward(self, x):
         return self.head(self.blocks(self.embed(x)))
+# === end shared ===
 
 
 # === shared: data ===
@@ -322,7 +323,8 @@ def download(folder, name, url, sha256):
     path = Path(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        tqdm.write(f"fetching {url}; without a network, take --dataset shapes or pydoc", sys.stderr)
+        tqdm.write(f"fetching {url}; without a network put it at {path} by hand, or take --dataset "
+                   "shapes or pydoc", sys.stderr)
         torch.hub.download_url_to_file(url, str(path))
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise OSError(f"{path} is not the published file; delete it and run again")
@@ -399,6 +401,7 @@ def training_batches(data, cfg):
                 flip = (index + epoch) % 2 == 0
                 batch[flip] = batch[flip].flip(3)
             yield batch, y[index].long()
+# === end shared ===
 
 
 # === shared: options ===
@@ -448,6 +451,7 @@ def complete(parser, argv):
         if not least <= getattr(cfg, key) < 1e6:
             parser.error(f"--{key} must be at least {least} and below a million")
     return cfg
+# === end shared ===
 
 
 # === shared: training ===
@@ -479,6 +483,7 @@ def train(model, data, cfg):
             bar.set_postfix({key: f"{value.item():.3f}" for key, value in shown.items()})
     model.eval()
     return time.perf_counter() - began
+# === end shared ===
 
 
 # === shared: evaluation ===
@@ -556,6 +561,7 @@ def wall_clock(cfg, model, x, threshold):
         y.sum().item()    # waits for a GPU
         seconds.setdefault(f"{name}_ms_batch_{batch}", []).append(time.perf_counter() - began)
     return {key: 1000 * float(np.median(each[3:])) for key, each in seconds.items()}
+# === end shared ===
 
 
 # === shared: log and picture ===
@@ -608,6 +614,7 @@ def save(log, cfg, data, model, seconds, result, sweep, **extra):
     part.replace(log)
     return [f"{key}: " + ", ".join(f"{name} {value:.4g}" for name, value in meta[key].items())
             for key in ("full", "at_budget", "wall_clock")]
+# === end shared ===
 
 
 if __name__ == "__main__":

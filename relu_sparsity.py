@@ -214,6 +214,7 @@ class StaticNet(nn.Module):
 
     def forward(self, x):
         return self.head(self.blocks(self.embed(x)))
+# === end shared ===
 
 
 # === shared: data ===
@@ -229,7 +230,8 @@ def download(folder, name, url, sha256):
     path = Path(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        tqdm.write(f"fetching {url}; without a network, take --dataset shapes or pydoc", sys.stderr)
+        tqdm.write(f"fetching {url}; without a network put it at {path} by hand, or take --dataset "
+                   "shapes or pydoc", sys.stderr)
         torch.hub.download_url_to_file(url, str(path))
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise OSError(f"{path} is not the published file; delete it and run again")
@@ -306,6 +308,7 @@ def training_batches(data, cfg):
                 flip = (index + epoch) % 2 == 0
                 batch[flip] = batch[flip].flip(3)
             yield batch, y[index].long()
+# === end shared ===
 
 
 # === shared: options ===
@@ -355,6 +358,7 @@ def complete(parser, argv):
         if not least <= getattr(cfg, key) < 1e6:
             parser.error(f"--{key} must be at least {least} and below a million")
     return cfg
+# === end shared ===
 
 
 # === shared: training ===
@@ -386,6 +390,7 @@ def train(model, data, cfg):
             bar.set_postfix({key: f"{value.item():.3f}" for key, value in shown.items()})
     model.eval()
     return time.perf_counter() - began
+# === end shared ===
 
 
 # === shared: evaluation ===
@@ -463,6 +468,7 @@ def wall_clock(cfg, model, x, threshold):
         y.sum().item()    # waits for a GPU
         seconds.setdefault(f"{name}_ms_batch_{batch}", []).append(time.perf_counter() - began)
     return {key: 1000 * float(np.median(each[3:])) for key, each in seconds.items()}
+# === end shared ===
 
 
 # === shared: log and picture ===
@@ -515,6 +521,7 @@ def save(log, cfg, data, model, seconds, result, sweep, **extra):
     part.replace(log)
     return [f"{key}: " + ", ".join(f"{name} {value:.4g}" for name, value in meta[key].items())
             for key in ("full", "at_budget", "wall_clock")]
+# === end shared ===
 
 
 if __name__ == "__main__":

@@ -184,6 +184,7 @@ class Model(nn.Module):
         for block in self.net.blocks:
             block.mlp.sort(block.mix(x))
             x = block(x)
+        torch.clear_autocast_cache()            # which holds the unsorted weights
         self.sorted = True
 
     def masked(self, x, threshold):
@@ -238,7 +239,9 @@ def main(cfg):
     axis.set(title="share of tokens", xlabel="layer", ylabel="learners that run",
              xticks=range(cfg.depth))
     axis.figure.savefig(picture, dpi=120)
-    prefixes = [f"{k} learners for every token: {each}" for k, each in enumerate(even)]
+    prefixes = [f"{k} learners for every token: accuracy {each['accuracy']:.4f}, "
+                f"loss {each['loss']:.4f}, budget {each['budget']:.3f}"
+                for k, each in enumerate(even)]
     print(*means, *prefixes, f"wrote {log} and {picture}", sep="\n")
 
 
@@ -301,6 +304,7 @@ class StaticNet(nn.Module):
 
     def forward(self, x):
         return self.head(self.blocks(self.embed(x)))
+# === end shared ===
 
 
 # === shared: data ===
@@ -316,7 +320,8 @@ def download(folder, name, url, sha256):
     path = Path(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        tqdm.write(f"fetching {url}; without a network, take --dataset shapes or pydoc", sys.stderr)
+        tqdm.write(f"fetching {url}; without a network put it at {path} by hand, or take --dataset "
+                   "shapes or pydoc", sys.stderr)
         torch.hub.download_url_to_file(url, str(path))
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise OSError(f"{path} is not the published file; delete it and run again")
@@ -393,6 +398,7 @@ def training_batches(data, cfg):
                 flip = (index + epoch) % 2 == 0
                 batch[flip] = batch[flip].flip(3)
             yield batch, y[index].long()
+# === end shared ===
 
 
 # === shared: options ===
@@ -442,6 +448,7 @@ def complete(parser, argv):
         if not least <= getattr(cfg, key) < 1e6:
             parser.error(f"--{key} must be at least {least} and below a million")
     return cfg
+# === end shared ===
 
 
 # === shared: training ===
@@ -473,6 +480,7 @@ def train(model, data, cfg):
             bar.set_postfix({key: f"{value.item():.3f}" for key, value in shown.items()})
     model.eval()
     return time.perf_counter() - began
+# === end shared ===
 
 
 # === shared: evaluation ===
@@ -550,6 +558,7 @@ def wall_clock(cfg, model, x, threshold):
         y.sum().item()    # waits for a GPU
         seconds.setdefault(f"{name}_ms_batch_{batch}", []).append(time.perf_counter() - began)
     return {key: 1000 * float(np.median(each[3:])) for key, each in seconds.items()}
+# === end shared ===
 
 
 # === shared: log and picture ===
@@ -602,6 +611,7 @@ def save(log, cfg, data, model, seconds, result, sweep, **extra):
     part.replace(log)
     return [f"{key}: " + ", ".join(f"{name} {value:.4g}" for name, value in meta[key].items())
             for key in ("full", "at_budget", "wall_clock")]
+# === end shared ===
 
 
 if __name__ == "__main__":

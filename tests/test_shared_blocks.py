@@ -12,14 +12,13 @@ texts = {name: (ROOT / f"{name}.py").read_text() for name in NAMES}
 
 
 def test_what_is_below_the_banner_is_the_same_in_every_script():
-    """All of it; and the marked blocks above it, which only some scripts share."""
+    """All of it, in marked blocks; and those above it, if only some scripts share one."""
     below, first = {text.split(BANNER)[1] for text in texts.values()}, {}
     assert len(below) == 1
     assert not re.search(r"relu_sparsity|early_exit|gumbel_gates|moe\b|token_boost", below.pop())
     for name, text in texts.items():
-        own = text.split(BANNER)[0]
-        blocks = BLOCK.findall(own)
-        assert own.count("# === shared: ") == own.count("# === end shared ===") == len(blocks)
+        blocks = BLOCK.findall(text)
+        assert text.count("# === shared: ") == text.count("# === end shared ===") == len(blocks) >= 6
         for block, code in blocks:
             assert code == first.setdefault(block, code), f"'{block}' of {name}.py differs"
 
@@ -32,7 +31,7 @@ def test_the_mechanism_comes_first(name):
                                            "def main(", BANNER, "# === shared: static network ===")]
     assert order == sorted(order)
     own, shared = text[:order[-2]].count("\n"), text[order[-2]:].count("\n")
-    assert shared <= 370 and own <= 250
+    assert shared <= 376 and own <= 250
     doc = ast.get_docstring(ast.parse(text))
     assert doc.count("\n") < 25 and not re.search(r"\d %|\d nats", doc)
 

@@ -178,6 +178,15 @@ def test_gates_join_a_trained_network():
     assert 0.2 < shown["macs"] < 1.1 and loss.item() == pytest.approx(shown["loss"].item(), abs=0.1)
 
 
+def test_sorting_in_the_middle_of_a_step_in_bfloat16():
+    """Autocast keeps copies of weights: those from before the sorting must not be used after it."""
+    model, x, y = build(script).train(), inputs("shapes", count=16), torch.arange(16) % 10
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = model.loss(x, y, 0.2)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.net.blocks.parameters())
+
+
 def test_training_boosts_and_meets_the_budget():
     """On text: every prefix works, a longer one better; the price of training spends the budget."""
     torch.manual_seed(0)
