@@ -96,7 +96,7 @@ def first_screen():
         rho = found["disattenuated"]
         rows = [[a, *(number(rho[i, j]) if j < i else "" for j in range(len(names) - 1))]
                 for i, a in enumerate(names) if i]
-        said += [f"Disattenuated rank correlation of the MACs of single examples, {data}:", "",
+        said += [f"{data}:", "",
                  *markdown(["", *names[:-1]], rows)]
     return [*half_table(), *said]
 
