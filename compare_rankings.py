@@ -65,7 +65,6 @@ class Log:
         with np.load(self.path, allow_pickle=False) as file:
             self.arrays = dict(file)
         self.meta = json.loads(str(self.arrays.pop("meta")))
-        self.options = self.meta.get("options", {})
         self.name = self.meta["name"]
         self.seed = self.meta["seed"]
         self.text = self.meta["dataset"] in TEXTS
@@ -75,7 +74,7 @@ class Log:
     def check(self):
         """Raise an error if something is missing or of the wrong kind."""
         numbers = type(self.seed) is int and 0 < self.static_macs < 1e30
-        if self.meta["schema"] != 2 or not numbers:
+        if self.meta["schema"] != 3 or not numbers:
             raise ValueError("unknown schema, or seed or static_macs of the wrong kind")
         if any(Path(word).name != word for word in (self.name, *self.same)):
             raise ValueError("a name that contains a folder")
@@ -112,7 +111,7 @@ class Log:
                      / clock.get(f"static_ms_batch_{batch}", np.nan) for batch in (1, 256)]
         self.kind = "full" if self.name == STATIC else "method"
         if self.meta.get("script") == STATIC != self.name:      # another size, which ranks nothing
-            self.kind = "method" if self.options.get("sparsity_weight") else "smaller"
+            self.kind = "method" if self.meta.get("sparsity_weight") else "smaller"
 
     def point(self, budget):
         """The point of the sweep that spends a budget, to 0.03, or None."""
@@ -135,7 +134,7 @@ def gather(paths):
         if (log.name, log.seed) in seen:
             fail(f"{log.path}: the same method and seed as {seen[log.name, log.seed].path}")
         seen[log.name, log.seed] = log
-    recipes = {log.options["epochs"]: log.path for log in logs if "epochs" in log.options}
+    recipes = {log.meta["epochs"]: log.path for log in logs if "epochs" in log.meta}
     if len(recipes) > 1:
         fail(f"{' and '.join(map(str, recipes.values()))}: epochs differ")
     runs = by_method([seen[key] for key in sorted(seen)])
@@ -230,7 +229,7 @@ def frontier(logs, macs):
     found = []
     for fixed in ("width", "depth") if full else ():
         alike = full + [log for log in logs if log.kind == "smaller"
-                        and log.options[fixed] == full[0].options[fixed]
+                        and log.meta[fixed] == full[0].meta[fixed]
                         and log.static_macs < full[0].static_macs]
         points = sorted((runs[0].static_macs, np.mean([log.quality[-1] for log in runs]))
                         for runs in by_method(alike).values())

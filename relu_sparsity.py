@@ -38,9 +38,9 @@ SCRIPT = "relu_sparsity"
 
 def options(argv=None):
     """The command line, or a list of strings -> namespace."""
-    parser = shared_options(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sparsity-weight", type=float, default=0.0, help="of Hoyer's penalty")
-    return complete(parser, argv)
+    return parse(parser, argv)
 
 
 # Shapes: B batch, T tokens, C width, H = 4 C hidden neurons, L blocks, K classes or characters.
@@ -91,9 +91,9 @@ class Model(nn.Module):
             x = x + block.drop(down(h))
         return self.net.head(x), fired
 
-    def masked(self, x, threshold):
+    def masked(self, x, threshold=None, decisions=None):
         """Computes everything, counts what fired -> logits, macs (B,), token_macs (B, T)."""
-        logits, fired = self.dense(x, threshold)
+        logits, fired = self.dense(x, threshold, decisions)
         return logits, *self.count_macs(fired)
 
     def skipping(self, x, threshold):
@@ -119,7 +119,7 @@ def measure_density(model, split):
     """Share of activations above zero by example and layer (N, L), by layer and neuron (L, H)."""
     by_example, by_neuron = [], 0
     for x in split[0].split(100):
-        fired = torch.stack(model.dense(network_input(x))[1], 1) > 0            # (B, L, T, H)
+        fired = torch.stack(model.dense(x)[1], 1) > 0            # (B, L, T, H)
         by_example.append(fired.float().mean((2, 3)))
         by_neuron = by_neuron + fired.sum((0, 2))
     tokens = len(split[0]) * fired.shape[2]
@@ -127,19 +127,19 @@ def measure_density(model, split):
 
 
 def main(cfg):
-    log, picture = output_paths(cfg)
+    log = output_path(cfg, "logs", ".npz")
+    picture = output_path(cfg, "figures", ".png")
     torch.manual_seed(cfg.seed)
     data, model = load_data(cfg), Model(cfg).to(cfg.device)
-    seconds = load(cfg.load, model)[1] if cfg.load else train(model, data, cfg)
+    cfg.seconds = load(cfg.load, model)["seconds"] if cfg.load else train(model, data, cfg)
 
-    result = evaluate(model.skipping, data["test"], model.full)     # exact zeros lose nothing
+    result = evaluate(model, model.skipping, data["test"], model.full)    # zeros lose nothing
     by_example, by_neuron = measure_density(model, data["test"])
     zeros = (1 - by_example.mean()) * by_neuron.size * cfg.tokens       # in an average example
     density = dict(layers=by_example.mean(0).tolist(), neurons=by_neuron.size,
                    never=int((by_neuron == 0).sum()), always=int((by_neuron == 1).sum()),
                    oracle_bound=float(1 - 2 * zeros * cfg.width / model.net.macs))
-    extra = dict(density=density, wall_clock=wall_clock(cfg, model, data["test"][0], model.full))
-    means = save(log, cfg, data, model, seconds, result, [result], **extra)
+    save(log, cfg, data, model, result, [result], density=density)
 
     figure = Figure(figsize=(12, 4), layout="constrained")
     layers, neurons = figure.subplots(1, 2)
@@ -148,10 +148,9 @@ def main(cfg):
     neurons.plot(np.sort(by_neuron).T)
     neurons.set(title="firing rate of each neuron, a line for each layer", xlabel="neuron, sorted")
     figure.savefig(picture, dpi=120)
-    print(*means, sep="\n")
     print("density by layer:", *(f"{share:.3f}" for share in density["layers"]))
-    print("oracle bound: {oracle_bound:.3f} of the MACs; of {neurons} neurons {never} never fire, "
-          "{always} always".format(**density))
+    print("of {neurons} neurons {never} never fire, {always} always".format(**density))
+    print(f"oracle bound: {density['oracle_bound']:.3f} of the MACs")
     print(f"wrote {log} and {picture}")
 
 
@@ -159,21 +158,20 @@ def main(cfg):
 
 # === shared: static network ===
 class Block(nn.Module):
-    """A depthwise convolution mixes tokens, 3 x 3 of an image or the last 8 characters of a text;
-    then each runs the MLP. x itself is not mixed: a token that skips the MLP keeps its state."""
+    """A depthwise convolution mixes tokens, and each runs the MLP on the mixture. x itself is not
+    mixed: a token that skips the MLP keeps its state."""
 
     def __init__(self, cfg):
         super().__init__()
-        C, k = cfg.width, cfg.kernel
+        C = cfg.width
         self.norm = nn.LayerNorm(C)
-        self.conv = nn.Conv2d(C, C, (k, 1) if cfg.text else k, groups=C)
-        self.grid = (-1, 1) if cfg.text else (8, 8)
-        self.padding = (0, 0, k - 1, 0) if cfg.text else (1, 1, 1, 1)    # a text: the past only
+        self.conv = nn.Conv2d(C, C, (8, 1) if cfg.text else 3, groups=C)
+        self.padding = (0, 0, 7, 0) if cfg.text else (1, 1, 1, 1)    # a text: the past
+        self.grid = (-1, 1) if cfg.text else (8, 8)    # rows and columns of tokens
         self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.ReLU(), nn.Linear(4 * C, C))
         self.drop = nn.Dropout(cfg.dropout)
 
-    def mix(self, x):
-        """x (B, T, C) -> the input of the MLP (B, T, C)."""
+    def mix(self, x):    # (B, T, C) -> the input of the MLP (B, T, C)
         h = self.norm(x)
         grid = h.unflatten(1, self.grid).permute(0, 3, 1, 2)    # (B, C, rows, columns)
         return h + self.conv(F.pad(grid, self.padding)).permute(0, 2, 3, 1).flatten(1, 2)
@@ -183,14 +181,14 @@ class Block(nn.Module):
 
 
 class StaticNet(nn.Module):
-    """Images (B, 3, 32, 32) -> 8 x 8 tokens -> logits (B, K); text (B, T) -> logits (B, T, K)."""
+    """Bytes: images (B, 3, 32, 32) -> logits (B, K), text (B, T) -> logits (B, T, K)."""
 
     def __init__(self, cfg):
         super().__init__()
         C, self.text = cfg.width, cfg.text
         self.stem = nn.Embedding(cfg.classes, C) if cfg.text else nn.Sequential(
             nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(),
-            nn.Conv2d(16, C, 3, 2, 1), nn.BatchNorm2d(C))
+            nn.Conv2d(16, C, 3, 2, 1), nn.BatchNorm2d(C), nn.Flatten(2))
         self.position = nn.Parameter(0.02 * torch.randn(cfg.tokens, C))
         self.blocks = nn.Sequential(*(Block(cfg) for _ in range(cfg.depth)))
         self.norm = nn.LayerNorm(C)
@@ -202,11 +200,11 @@ class StaticNet(nn.Module):
         self.block_macs = self.blocks[0].conv.weight.numel() + 8 * C * C    # of a token
         self.token_macs = cfg.depth * self.block_macs + (self.head_macs if cfg.text else 0)
         stem_macs = 16 * 16 * 9 * 3 * 16 + 8 * 8 * 9 * 16 * C
-        self.example_macs = 0 if cfg.text else stem_macs + self.head_macs   # not those of tokens
+        self.example_macs = 0 if cfg.text else stem_macs + self.head_macs    # the rest
         self.macs = self.example_macs + cfg.tokens * self.token_macs
 
-    def embed(self, x):    # -> tokens (B, T, C)
-        x = self.stem(x) if self.text else self.stem(x).flatten(2).transpose(1, 2)
+    def embed(self, x):    # -> tokens (B, T, C), 8 x 8 of an image
+        x = self.stem(x.long()) if self.text else self.stem((x / 255 - 0.47) / 0.25).mT
         return x + self.position[:x.shape[1]]
 
     def head(self, x):
@@ -217,7 +215,12 @@ class StaticNet(nn.Module):
 # === end shared ===
 
 
-# === shared: data ===
+# === shared: options and data ===
+BUDGETS = (0.35, 0.5, 0.6, 0.7, 0.85)    # shares of the static network's MACs
+SHAPE = ("width", "depth", "batch", "epochs", "dropout", "tokens", "classes")
+SIZES = {"tiny": ((32, 3, 64, 3, 0.0, 64, 10), (32, 2, 64, 1, 0.0, 64, 128)),    # images, text
+         "small": ((48, 8, 128, 16, 0.0, 64, 10), (72, 6, 32, 10, 0.1, 128, 128)),
+         "base": ((128, 10, 256, 60, 0.1, 64, 10), (384, 9, 64, 20, 0.2, 256, 128))}
 CIFAR10 = ("cifar-10-binary.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
            "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")
 SHAKESPEARE = ("tinyshakespeare.txt", "https://raw.githubusercontent.com/karpathy/char-rnn/master/"
@@ -225,13 +228,43 @@ SHAKESPEARE = ("tinyshakespeare.txt", "https://raw.githubusercontent.com/karpath
                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
 
 
+def parse(parser, argv):
+    parser.usage = "%(prog)s [options]"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    add("--dataset", choices=["cifar10", "shakespeare", "shapes", "pydoc"], default="cifar10",
+        help="the last two need no download")
+    add("--size", choices=SIZES, default="base" if devices[1:] else "small",
+        help="sets the next three (default: base with CUDA, else small)")
+    add("--width", type=int, help="channels of a token")
+    add("--depth", type=int, help="number of blocks")
+    add("--epochs", type=float, help="passes over the training data")
+    add("--lr", type=float, default=0.02, help="peak rate of Muon; AdamW has a fifth")
+    add("--seed", type=int, default=0, help="of weights, batches and noise")
+    add("--device", choices=devices, default=devices[0], help="default: cuda if there is one")
+    add("--bf16", action=argparse.BooleanOptionalAction, default="cuda" in devices,
+        help="train in bfloat16 (default: with CUDA)")
+    add("--data", default="data", help="folder of the data sets")
+    add("--out", default=".", help="folder that gets logs/ and figures/")
+    add("--name", default=SCRIPT, help="of this run and its files")
+    add("--load", metavar="FILE", help="evaluate the .pt of an earlier run")
+    cfg = parser.parse_args(argv)
+    text = cfg.dataset in ("shakespeare", "pydoc")
+    known = load(cfg.load) if cfg.load else dict(zip(SHAPE, SIZES[cfg.size][text]))
+    cfg = parser.parse_args(argv, argparse.Namespace(**known))
+    cfg.text = cfg.dataset in ("shakespeare", "pydoc")
+    for key, least in dict(width=1, depth=1, epochs=1e-3, lr=1e-6, seed=0).items():
+        if not least <= getattr(cfg, key) < 1e6:
+            parser.error(f"--{key} must be at least {least} and below a million")
+    return cfg
+
+
 def download(folder, name, url, sha256):
-    """The path of a published file, which is fetched unless the folder has it."""
     path = Path(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        tqdm.write(f"fetching {url}; without a network put it at {path} by hand, or take --dataset "
-                   "shapes or pydoc", sys.stderr)
+        print(f"fetching {url}; or put it at {path}, or take shapes or pydoc", file=sys.stderr)
         torch.hub.download_url_to_file(url, str(path))
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise OSError(f"{path} is not the published file; delete it and run again")
@@ -239,7 +272,7 @@ def download(folder, name, url, sha256):
 
 
 def draw_shapes(count):
-    """Grey flowers with 1 to 10 lobes, at any angle; difficulty fades them, and adds noise."""
+    """Grey flowers with 1 to 10 lobes, at any angle, which difficulty makes faint and noisy."""
     rng = np.random.default_rng(0)
     label = rng.integers(10, size=(count, 1, 1, 1), dtype=np.uint8)
     difficulty = rng.random(label.shape, np.float32) ** 1.5
@@ -253,7 +286,7 @@ def draw_shapes(count):
 
 
 def load_data(cfg):
-    """{"train", "calibration", "test": (x, y)}, bytes on the device: images (N, 3, 32, 32), (N,) or
+    """{"train", "calibration", "test": (x, y)}, bytes: images (N, 3, 32, 32) and labels (N,), or
     windows (N, T) and the same, one character later; "difficulty" where it is known."""
     data, T = {}, cfg.tokens
     if cfg.dataset == "cifar10":
@@ -281,17 +314,12 @@ def load_data(cfg):
         windows = [part.unfold(0, T + 1, stride) for part, stride in zip(parts, (1, T, T))]
         splits = [(window[:, :-1], window[:, 1:]) for window in windows]
     else:
-        splits = zip(x.to(cfg.device).tensor_split(ends), y.to(cfg.device).tensor_split(ends))
+        splits = zip(*(part.to(cfg.device).tensor_split(ends) for part in (x, y)))
     return data | dict(zip(("train", "calibration", "test"), splits))
 
 
-def network_input(x):
-    """Bytes -> normalised images, or int64 characters."""
-    return (x.float() / 255 - 0.47) / 0.25 if x.ndim == 4 else x.long()
-
-
 def training_batches(data, cfg):
-    """Endless (x, y): images are shifted and flipped, windows of a text cut at other places."""
+    """Endless (x, y): images are shifted and flipped, a text is cut at other places."""
     random = dict(generator=torch.Generator(cfg.device).manual_seed(cfg.seed), device=cfg.device)
     x, y = data["train"]
     stride = cfg.tokens if cfg.text else 1
@@ -299,9 +327,9 @@ def training_batches(data, cfg):
         start = torch.randint(stride, (), **random).item()
         places = torch.arange(start, len(x), stride, device=cfg.device)
         for index in places[torch.randperm(len(places), **random)].split(cfg.batch):
-            batch = network_input(x[index])
+            batch = x[index]
             if not cfg.text:
-                padded = F.pad(batch, (4, 4, 4, 4), "reflect")
+                padded = F.pad(batch.float(), (4, 4, 4, 4), "reflect")
                 crops = padded.unfold(2, 32, 1).unfold(3, 32, 1)    # (B, 3, 9, 9, 32, 32)
                 row, column = torch.randint(9, (2, len(index)), **random)
                 batch = crops[torch.arange(len(index)), :, row, column]
@@ -311,69 +339,17 @@ def training_batches(data, cfg):
 # === end shared ===
 
 
-# === shared: options ===
-SIZES = {   # of images, and of text
-    "tiny": (dict(width=32, depth=3, batch=64, epochs=3, dropout=0.0, tokens=64, kernel=3),
-             dict(width=32, depth=2, batch=64, epochs=1, dropout=0.0, tokens=64, kernel=8)),
-    "small": (dict(width=48, depth=8, batch=128, epochs=16, dropout=0.0, tokens=64, kernel=3),
-              dict(width=72, depth=6, batch=32, epochs=10, dropout=0.1, tokens=128, kernel=8)),
-    "base": (dict(width=128, depth=10, batch=256, epochs=60, dropout=0.1, tokens=64, kernel=3),
-             dict(width=384, depth=9, batch=64, epochs=20, dropout=0.2, tokens=256, kernel=8))}
-
-
-def shared_options(doc):
-    """A parser that knows the options of all scripts."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(f"{SCRIPT}.py", "%(prog)s [options]", doc, formatter_class=raw)
-    add = parser.add_argument
-    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    add("--dataset", choices=["cifar10", "shakespeare", "shapes", "pydoc"], default="cifar10",
-        help="the last two need no download (default: cifar10)")
-    add("--size", choices=list(SIZES), default="base" if devices[1:] else "small",
-        help="of the network (default: base where there is CUDA, else small)")
-    add("--width", type=int, help="channels of a token (default: by --size, like the next two)")
-    add("--depth", type=int, help="number of blocks")
-    add("--epochs", type=float, help="passes over the training data")
-    add("--lr", type=float, default=0.02, help="peak learning rate of Muon; AdamW has a fifth")
-    add("--seed", type=int, default=0, help="of weights, batches and noise (default: 0)")
-    add("--device", choices=devices, default=devices[0], help="default: cuda where there is one")
-    add("--bf16", action=argparse.BooleanOptionalAction, default="cuda" in devices,
-        help="train in bfloat16 (default: where there is CUDA)")
-    add("--data", default="data", help="folder of the data sets, filled by downloads")
-    add("--out", default=".", help="folder that gets logs/ and figures/")
-    add("--name", default=SCRIPT, help="of this run, in its log and file names")
-    add("--load", metavar="FILE", help="evaluate the .pt of an earlier run instead of training")
-    return parser
-
-
-def complete(parser, argv):
-    """Parse, fill in the options that depend on others, and check them -> namespace."""
-    cfg = parser.parse_args(argv)
-    text = cfg.dataset in ("shakespeare", "pydoc")
-    parser.set_defaults(**load(cfg.load)[0] if cfg.load else SIZES[cfg.size][text])
-    cfg = parser.parse_args(argv)
-    cfg.text = cfg.dataset in ("shakespeare", "pydoc")
-    cfg.classes = 128 if cfg.text else 10
-    for key, least in dict(width=1, depth=1, epochs=1e-3, lr=1e-6, seed=0).items():
-        if not least <= getattr(cfg, key) < 1e6:
-            parser.error(f"--{key} must be at least {least} and below a million")
-    return cfg
-# === end shared ===
-
-
-# === shared: training ===
+# === shared: from training to log ===
 def train(model, data, cfg):
-    """Muon for the matrices of blocks, AdamW for all else; rates rise, then fall -> seconds."""
+    """Muon for the matrices of blocks, AdamW for all else -> seconds."""
     matrices = [p for p in model.net.blocks.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     decay = 0.1 if cfg.text else 0.0    # a text is short, and read many times
-    optimizers = [torch.optim.Muon(matrices, cfg.lr, weight_decay=decay, adjust_lr_fn="original"),
-                  torch.optim.AdamW(others, cfg.lr / 5, betas=(0.9, 0.99), weight_decay=0.0)]
+    muon = torch.optim.Muon(matrices, cfg.lr, weight_decay=decay, adjust_lr_fn="original")
+    adamw = torch.optim.AdamW(others, cfg.lr / 5, betas=(0.9, 0.99), weight_decay=0.0)
     examples = len(data["train"][0]) / (cfg.tokens if cfg.text else 1)    # windows overlap
     steps = math.ceil(cfg.epochs * examples / cfg.batch)
-    model.train()
-    began = time.perf_counter()
-    bar = tqdm(zip(range(steps), training_batches(data, cfg)), f"{cfg.name}, {cfg.size}", steps)
+    bar = tqdm(zip(range(steps), training_batches(data, cfg)), cfg.name, steps)
     for step, (x, y) in bar:
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
             loss, shown = model.loss(x, y, step / steps)
@@ -381,60 +357,40 @@ def train(model, data, cfg):
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         rate = min(10 * (step + 1) / steps, 1, (1 - step / steps) / 0.9)
-        for optimizer in optimizers:
+        for optimizer in (muon, adamw):
             optimizer.param_groups[0]["lr"] = rate * optimizer.defaults["lr"]
             optimizer.step()
         if step % 20 == 0:    # reading a number waits for the GPU
             if not norm.isfinite():
-                raise FloatingPointError(f"gradient not finite at step {step}; try a smaller --lr")
+                raise FloatingPointError(f"gradient not finite at step {step}; lower --lr")
             bar.set_postfix({key: f"{value.item():.3f}" for key, value in shown.items()})
     model.eval()
-    return time.perf_counter() - began
-# === end shared ===
-
-
-# === shared: evaluation ===
-BUDGETS = (0.35, 0.5, 0.6, 0.7, 0.85)    # mean MACs, as shares of the static network's
+    return bar.format_dict["elapsed"]
 
 
 @torch.no_grad()
-def evaluate(run, split, threshold):
-    """run (model.masked or model.skipping) over a split -> arrays: label, prediction and loss in
-    nats, all shaped like y, macs (N,), token_macs (N, T); and the threshold."""
+def evaluate(model, run, split, threshold):
+    """What run, as model.skipping, answers and spends on a split: arrays, and their means."""
     batches = []
-    for x, y in zip(split[0].split(250), split[1].split(250)):
-        logits, macs, token_macs = run(network_input(x), threshold)
+    for x, y in zip(*(part.split(250) for part in split)):
+        logits, macs, token_macs = run(x, threshold)
         loss = F.cross_entropy(logits.movedim(-1, 1), y.long(), reduction="none")
         batches.append((y, logits.argmax(-1).byte(), loss, macs, token_macs.int()))
-    arrays = [torch.cat(parts).cpu().numpy() for parts in zip(*batches)]
-    keys = ("label", "prediction", "loss", "macs", "token_macs")
-    return dict(zip(keys, arrays), threshold=threshold)
-
-
-def summary(model, result):
-    """Means of what `evaluate` returned."""
-    return dict(accuracy=float((result["prediction"] == result["label"]).mean()),
-                loss=float(result["loss"].mean()),
-                budget=float(result["macs"].mean() / model.net.macs))
-
-
-def evaluate_random(model, split, threshold):
-    """The control: `evaluate`, where each example gets the decisions of another one."""
-    def run(x, threshold):
-        _, decisions = model.dense(x, threshold)
-        logits, ran = model.dense(x, decisions=[each.flip(0) for each in decisions])
-        return logits, *model.count_macs([each.long() for each in ran])
-
-    return evaluate(run, split, threshold)
+    y, answer, loss, macs, token_macs = (torch.cat(each).cpu().numpy() for each in zip(*batches))
+    correct = y == answer
+    means = dict(accuracy=float(correct.mean()), loss=float(loss.mean()),
+                 budget=float(macs.mean() / model.net.macs))
+    return dict(label=y, prediction=answer, correct=correct, loss=loss, macs=macs,
+                token_macs=token_macs, threshold=threshold, means=means)
 
 
 def calibrate(model, split, budget):
-    """The threshold at which `masked` spends a budget, by bisection; else the first above it."""
+    """The threshold at which `masked` spends a budget, or the first above, by bisection."""
     few = [part[:2000] for part in split]    # enough to estimate a mean
-    low, high = np.arcsinh([model.cheapest, model.full])    # even steps, growing if ends are far
+    low, high = np.arcsinh([model.cheapest, model.full])    # the ends may be far
     for _ in range(15):
         middle = (low + high) / 2
-        spent = summary(model, evaluate(model.masked, few, math.sinh(middle)))["budget"]
+        spent = evaluate(model, model.masked, few, math.sinh(middle))["means"]["budget"]
         if abs(spent - budget) < 0.003:
             return math.sinh(middle)
         if spent < budget:
@@ -445,82 +401,79 @@ def calibrate(model, split, budget):
 
 
 def sweep_budgets(model, data):
-    """Test at the BUDGETS in reach, then in full -> results, and means of the random control."""
+    """Test at BUDGETS in reach, then in full -> results, and means of the random control."""
+    def control(x, threshold):    # each example gets the decisions of another one
+        _, decisions = model.dense(x, threshold)
+        return model.masked(x, decisions=[each.flip(0) for each in decisions])
+
     few = [part[:1000] for part in data["calibration"]]
-    least, most = (summary(model, evaluate(model.masked, few, end))["budget"]
+    least, most = (evaluate(model, model.masked, few, end)["means"]["budget"]
                    for end in (model.cheapest, model.full))
+    thresholds = [calibrate(model, data["calibration"], budget)
+                  for budget in BUDGETS if least < budget < most]
     sweep, random = [], []
-    for budget in tqdm([each for each in BUDGETS if least < each < most] + [None], "sweep"):
-        threshold = calibrate(model, data["calibration"], budget) if budget else model.full
-        sweep.append(evaluate(model.skipping, data["test"], threshold))
-        random.append(summary(model, evaluate_random(model, data["test"], threshold)))
+    for threshold in tqdm([*thresholds, model.full], "sweep"):
+        sweep.append(evaluate(model, model.skipping, data["test"], threshold))
+        random.append(evaluate(model, control, data["test"], threshold)["means"])
     return sweep, random
 
 
 @torch.no_grad()
 def wall_clock(cfg, model, x, threshold):
-    """Median milliseconds of the static network and of `skipping`, batches of 1 and of 256."""
+    """Median milliseconds of the static network and of `skipping`."""
     seconds, static = {}, StaticNet(cfg).to(cfg.device).eval()
     for _, batch, name in itertools.product(range(23), (1, 256), ("static", "skipping")):
-        inputs = network_input(x[torch.randint(len(x), (batch,))])
+        inputs = x[torch.randint(len(x), (batch,))]
         began = time.perf_counter()
         y = static(inputs) if name == "static" else model.skipping(inputs, threshold)[0]
         y.sum().item()    # waits for a GPU
         seconds.setdefault(f"{name}_ms_batch_{batch}", []).append(time.perf_counter() - began)
     return {key: 1000 * float(np.median(each[3:])) for key, each in seconds.items()}
-# === end shared ===
 
 
-# === shared: log and picture ===
-def output_paths(cfg):
-    """The paths of the log and the picture of a run, in folders that are made."""
-    run = f"{cfg.dataset}-{cfg.size}/{cfg.name}-s{cfg.seed}"
-    log, picture = Path(cfg.out, f"logs/{run}.npz"), Path(cfg.out, f"figures/{run}.png")
-    for path in (log, picture):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    return log, picture
+def output_path(cfg, kind, suffix):
+    path = Path(cfg.out, kind, f"{cfg.dataset}-{cfg.size}", f"{cfg.name}-s{cfg.seed}{suffix}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
-def load(path, model=None):
-    """Options and seconds of an earlier run, whose weights go into the model."""
+def load(path, model=None):    # -> options of an earlier run; its weights go into the model
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
         if model:
             model.eval().load_state_dict(run["state_dict"])
-        return run["options"], run["seconds"]
+        return run["options"]
     except Exception as error:    # the file can be anything
         raise OSError(f"--load {path}: {' '.join(str(error).split())[:200]}")
 
 
-def save(log, cfg, data, model, seconds, result, sweep, **extra):
-    """Write the weights and the log of a run (README: The log) -> lines to print."""
-    here = ("data", "out", "load", "name", "device", "bf16")    # of this run alone
+def save(log, cfg, data, model, result, sweep, **extra):
+    """Write the weights and the log of a run (README: The log), print its means."""
+    here = ("data", "out", "load", "device", "bf16")
     options = {key: value for key, value in vars(cfg).items() if key not in here}
-    again = dict(options, name=f"{cfg.name}_loaded")    # so --load overwrites nothing
-    weights = dict(options=again, state_dict=model.state_dict(), seconds=seconds)
-    torch.save(weights, log.with_suffix(".pt"))
-    chip = torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU"
+    again = options | dict(name=f"{cfg.name}_loaded")    # so --load overwrites nothing
+    torch.save(dict(options=again, state_dict=model.state_dict()), log.with_suffix(".pt"))
     test = b"".join(part.cpu().numpy().tobytes() for part in data["test"])
-    meta = dict(
-        schema=2, name=cfg.name, script=SCRIPT, dataset=cfg.dataset, size=cfg.size, seed=cfg.seed,
-        options=options, test_sha256=hashlib.sha256(test).hexdigest(), static_macs=model.net.macs,
-        at_budget=summary(model, result), full=summary(model, sweep[-1]), seconds=seconds,
-        threads=torch.get_num_threads(), torch=torch.__version__, device=chip, **extra)
+    meta = options | extra | dict(
+        schema=3, script=SCRIPT, test_sha256=hashlib.sha256(test).hexdigest(),
+        static_macs=model.net.macs, at_budget=result["means"], full=sweep[-1]["means"],
+        threads=torch.get_num_threads(), torch=torch.__version__,
+        device=torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU",
+        wall_clock=wall_clock(cfg, model, data["test"][0], result["threshold"]))
     kept = ("label", "prediction", "macs", "token_macs" if cfg.text else "difficulty")
     arrays = {key: array for key, array in (result | data).items() if key in kept}
-    example = (len(result["macs"]), -1)
-    loss = [run["loss"].reshape(example).mean(1) for run in sweep]
-    correct = [(run["prediction"] == run["label"]).reshape(example).mean(1) for run in sweep]
+    each = (len(result["macs"]), -1)
     part = log.with_suffix(".part")    # half a log never looks like a log
     with open(part, "wb") as file:
         np.savez_compressed(
-            file, **arrays, loss=result["loss"].astype(np.float16), meta=json.dumps(meta),
+            file, **arrays, loss=np.float16(result["loss"]), meta=json.dumps(meta),
             sweep_threshold=[run["threshold"] for run in sweep],
-            sweep_macs=[run["macs"] for run in sweep], sweep_loss=np.array(loss, np.float16),
-            sweep_correct=np.array(correct, np.float16))
+            sweep_macs=[run["macs"] for run in sweep],
+            sweep_loss=np.float16([run["loss"].reshape(each).mean(1) for run in sweep]),
+            sweep_correct=np.float16([run["correct"].reshape(each).mean(1) for run in sweep]))
     part.replace(log)
-    return [f"{key}: " + ", ".join(f"{name} {value:.4g}" for name, value in meta[key].items())
-            for key in ("full", "at_budget", "wall_clock")]
+    for key in ("full", "at_budget", "wall_clock"):
+        print(f"{key}:", *(f"{name} {value:.4g}" for name, value in meta[key].items()))
 # === end shared ===
 
 

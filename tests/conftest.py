@@ -93,12 +93,12 @@ def build(script, dataset="shapes", size="tiny", *options, seed=0):
 
 
 def inputs(dataset, size="tiny", count=8, seed=1):
-    """(count, 3, 32, 32) images or (count, T) characters, drawn at random."""
+    """(count, 3, 32, 32) images, bytes with fractions, or (count, T) characters, drawn at random."""
     generator = torch.Generator().manual_seed(seed)
     if dataset in ("shakespeare", "pydoc"):
         tokens = configure(scripts[NAMES[0]], dataset, size).tokens
         return torch.randint(32, 127, (count, tokens), generator=generator)
-    return torch.randn(count, 3, 32, 32, generator=generator)
+    return 255 * (0.47 + 0.25 * torch.randn(count, 3, 32, 32, generator=generator))
 
 
 def thresholds(model, x, shares=(0.0, 0.4, 0.8, 1.0)):

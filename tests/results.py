@@ -29,7 +29,7 @@ def static_table(logs):
     rows = []
     for name in sorted(macs, key=macs.get, reverse=True):
         runs = networks[name]
-        rows.append([name, str(runs[0].options["width"]), str(runs[0].options["depth"]),
+        rows.append([name, str(runs[0].meta["width"]), str(runs[0].meta["depth"]),
                      f"{macs[name] / 1e6:.2f} M", number(macs[name] / macs[STATIC]),
                      spread([log.meta["seconds"] / 60 for log in runs], 1),
                      ", ".join(str(log.seed) for log in runs),

@@ -55,16 +55,16 @@ def test_scores_of_any_size_are_found(name):
     assert scores.abs().max() > 1000
     for budget in (0.5, 0.7, 0.85):
         threshold = script.calibrate(model, split, budget)
-        spent = script.summary(model, script.evaluate(model.masked, split, threshold))["budget"]
+        spent = script.evaluate(model, model.masked, split, threshold)["means"]["budget"]
         assert spent == pytest.approx(budget, abs=0.02)
     assert script.calibrate(model, split, 2) == pytest.approx(model.full)
 
 
 def test_an_evaluation_by_hand():
     """Uniform logits: every answer is 0, every loss the logarithm of 10."""
-    result = script.evaluate(Leaves(np.linspace(0, 1, N)).masked, SPLIT, 0.5)
+    model = Leaves(np.linspace(0, 1, N))
+    result = script.evaluate(model, model.masked, SPLIT, 0.5)
     assert np.allclose(result["loss"], np.log(10)) and result["loss"].shape == (N, 1)
     assert np.array_equal(result["label"], result["prediction"]) and result["threshold"] == 0.5
     assert result["macs"].sum() == 40 * 1000 + 100 * 1000
-    means = script.summary(Leaves([]), result)
-    assert means == dict(accuracy=1.0, loss=pytest.approx(np.log(10)), budget=0.7)
+    assert result["means"] == dict(accuracy=1.0, loss=pytest.approx(np.log(10)), budget=0.7)

@@ -52,9 +52,9 @@ def simulate(folder, methods=FIVE, seeds=range(3), N=1500, shared=0.5, own=0.3, 
             if text:
                 arrays["token_macs"] = macs[0][:, None] // T + rng.integers(1000, size=(N, T))
             clock = {f"{run}_ms_batch_{batch}": 2.0 for run in ("static", "skipping") for batch in (1, 256)}
-            meta = dict(schema=2, name=method, script=method, dataset="shakespeare" if text else "cifar10",
+            meta = dict(schema=3, name=method, script=method, dataset="shakespeare" if text else "cifar10",
                         size="tiny", seed=seed, test_sha256="0" * 64, static_macs=DENSE, wall_clock=clock,
-                        random=[dict(accuracy=0.6, loss=3.0)] * 4, options=dict(width=32, depth=2, epochs=3))
+                        random=[dict(accuracy=0.6, loss=3.0)] * 4, width=32, depth=2, epochs=3)
             if change and change(arrays, meta, len(paths)) == "skip":
                 continue
             path = folder / f"{meta['name']}-s{seed}.npz"
@@ -157,7 +157,7 @@ def test_bootstrap_is_spearman_of_repeated_rows():
 
 
 def static(name, share, quality, width=32, depth=8, seed=0, text=False):
-    return SimpleNamespace(name=name, kind="full" if name == FIVE[0] else "smaller", options=dict(width=width, depth=depth),
+    return SimpleNamespace(name=name, kind="full" if name == FIVE[0] else "smaller", meta=dict(width=width, depth=depth),
                            static_macs=share * DENSE, quality=np.array([quality]), text=text, seed=seed)
 
 
@@ -197,8 +197,7 @@ def test_the_report_says_what_pays(run, tmp_path, monkeypatch):
         quality = {FIVE[0]: 0.8, "depth_1": 0.6, "early_exit": 0.79, "moe": 0.9}[meta["name"]]
         arrays["sweep_correct"] = np.full((4, 1500), quality)
         if meta["name"] == "depth_1":
-            meta.update(script=FIVE[0], static_macs=DENSE // 2)
-            meta["options"]["depth"] = 1
+            meta.update(script=FIVE[0], static_macs=DENSE // 2, depth=1)
 
     simulate(tmp_path, ["relu_sparsity", "depth_1", "early_exit", "moe"], range(2), change=change)
     status, printed, errors = run(tmp_path)
@@ -294,7 +293,7 @@ def test_what_cannot_be_told_is_unknown(run, tmp_path, monkeypatch):
     def bare(arrays, meta, count):
         meta["random"] = [dict(accuracy=0.6, budget=0.01)] * 4
         if meta["name"] == "my_method":
-            for key in ("wall_clock", "options", "script", "random"):
+            for key in ("wall_clock", "epochs", "script", "random"):
                 del meta[key]
     simulate(tmp_path, ["early_exit", "my_method"], [0], change=bare)
     status, printed, errors = run(tmp_path)
@@ -342,7 +341,7 @@ def test_people_and_known_difficulty_are_columns(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("key, value, message", (
     ("test_sha256", "1" * 64, "test split or its order differ"), ("dataset", "shapes", "test split or its order differ"),
     ("label", np.zeros(1500), "test split or its order differ"), ("schema", 1, "unknown schema"),
-    ("options", dict(width=32, depth=2, epochs=4), "epochs differ"), ("static_macs", 0, "of the wrong kind"),
+    ("epochs", 4, "epochs differ"), ("static_macs", 0, "of the wrong kind"),
     ("static_macs", np.nan, "of the wrong kind"), ("seed", "1", "of the wrong kind"),
     ("size", "../../elsewhere", "contains a folder"), ("sweep_macs", None, "KeyError: 'sweep_macs'"),
     ("macs", -np.ones(1500), "macs holds"), ("loss", np.ones(1499), "loss has shape"),

@@ -122,8 +122,8 @@ def test_shakespeare_splits(tmp_path, monkeypatch):
     batches = script.training_batches(data, cfg)
     for _ in range(10):
         x, y = next(batches)
-        assert x.shape == y.shape and x.shape[1] == 64 and x.dtype == y.dtype == torch.int64
-        window = torch.cat([x[0], y[0, -1:]]).to(torch.uint8)
+        assert x.shape == y.shape and x.shape[1] == 64 and y.dtype == torch.int64
+        window = torch.cat([x[0], y[0, -1:].byte()])
         assert bytes(window.numpy()) in text[:17100] and torch.equal(x[0, 1:], y[0, :-1])
 
 
@@ -171,7 +171,7 @@ def test_training_batches_shift_and_flip(shapes):
             x, y = next(batches)
             shown[epoch] += y.tolist()
             for image, index in zip(x, y):
-                original = script.network_input(shapes["train"][0][index][None])
+                original = shapes["train"][0][index][None].float()
                 padded = torch.nn.functional.pad(original, (4, 4, 4, 4), "reflect")[0]
                 if (index + epoch) % 2 == 0:
                     image = image.flip(2)

@@ -206,10 +206,10 @@ def test_training_meets_the_budget():
     data, model = script.load_data(cfg), script.Model(cfg)
     script.train(model, data, cfg)
     few = [part[:100] for part in data["test"]]
-    spent = script.summary(model, script.evaluate(model.masked, few, 0.0))["budget"]
+    spent = script.evaluate(model, model.masked, few, 0.0)["means"]["budget"]
     assert spent == pytest.approx(0.7, abs=0.15)
     threshold = script.calibrate(model, [part[:100] for part in data["calibration"]], 0.7)
-    assert script.summary(model, script.evaluate(model.skipping, few, threshold))["budget"] == pytest.approx(
+    assert script.evaluate(model, model.skipping, few, threshold)["means"]["budget"] == pytest.approx(
         0.7, abs=0.06)
 
 

@@ -265,7 +265,7 @@ def test_use_is_what_a_loop_counts():
     split = [part[:300] for part in script.load_data(configure(script))["test"]]
     kind = np.arange(300 * 64) % 3
     use = script.expert_use(model, split, 0.0, kind)
-    chosen = model.dense(script.network_input(split[0]), 0.0)[1].flatten(1, 2).numpy()
+    chosen = model.dense(split[0], 0.0)[1].flatten(1, 2).numpy()
     assert use.shape == (3, 2, 8)
     for k in range(3):
         assert use[k, 1, 5] == pytest.approx(chosen[1, kind == k, 5].mean(), abs=0.01)
@@ -279,8 +279,8 @@ def test_training_meets_the_budget():
     script.train(model, data, cfg)
     threshold = script.calibrate(model, [part[:100] for part in data["calibration"]], 0.6)
     few = [part[:100] for part in data["test"]]
-    result = script.evaluate(model.skipping, few, threshold)
-    assert script.summary(model, result)["budget"] == pytest.approx(0.6, abs=0.02)
+    result = script.evaluate(model, model.skipping, few, threshold)
+    assert result["means"]["budget"] == pytest.approx(0.6, abs=0.02)
     assert np.ptp(result["macs"]) > 0
-    trained = script.summary(model, script.evaluate(model.skipping, few, model.full))["budget"]
+    trained = script.evaluate(model, model.skipping, few, model.full)["means"]["budget"]
     assert 0.6 <= trained < 0.75

@@ -53,9 +53,9 @@ def test_a_method_of_your_own(tmp_path, monkeypatch):
     script = scripts["relu_sparsity"]
     cfg = configure(script)
     model, data = build(script), script.load_data(cfg)
-    log, _ = script.output_paths(cfg)
-    result = script.evaluate(model.masked, data["test"], 0.0)
-    script.save(log, cfg, data, model, 0.0, result, [result], wall_clock={})
+    log = script.output_path(cfg, "logs", ".npz")
+    result = script.evaluate(model, model.masked, data["test"], 0.0)
+    script.save(log, cfg, data, model, result, [result])
     block, = (b for b in blocks if "np.load" in b)
     exec(block, {})
     logs = compare_rankings.gather([log.parent])

@@ -60,7 +60,7 @@ def test_density_is_what_a_loop_counts():
     hooks = [block.mlp[0].register_forward_hook(lambda m, i, z: captured.append(z > 0))
              for block in model.net.blocks]
     with torch.no_grad():
-        model.net(script.network_input(x))
+        model.net(x)
     for hook in hooks:
         hook.remove()
     by_example, by_neuron = script.measure_density(model, (x, None))

@@ -66,10 +66,10 @@ def test_the_log_follows_the_schema(finished):
     assert np.array_equal(log["label"], test[1].numpy())
     digest = hashlib.sha256(test[0].contiguous().numpy().tobytes() + test[1].contiguous().numpy().tobytes())
     assert meta["test_sha256"] == digest.hexdigest()
-    assert (meta["schema"], meta["name"], meta["script"], meta["seed"]) == (2, name, name, 7)
+    assert (meta["schema"], meta["name"], meta["script"], meta["seed"]) == (3, name, name, 7)
     assert meta["static_macs"] == scripts[name].StaticNet(cfg).macs
-    assert meta["options"]["batch"] == 64 and meta["options"]["width"] == 32
-    assert not {"data", "out", "load"} & set(meta["options"])               # nothing of this machine
+    assert meta["batch"] == 64 and meta["width"] == 32 and meta["seconds"] > 0
+    assert not {"data", "out", "load"} & set(meta)                          # nothing of this machine
 
     # The numbers in `meta` are those of the arrays.
     correct = log["prediction"] == log["label"]
@@ -101,7 +101,7 @@ def test_a_loaded_run_is_the_run(finished, run, shorten):
     weights = f"logs/{dataset}-tiny/{name}-s7.pt"
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     status, _, errors = run(name, "--load", weights, cwd=folder)
-    assert status == 0 and f"{name}, tiny" not in errors                    # no bar of training
+    assert status == 0 and f"{name}_loaded: " not in errors                 # no bar of training
     first, again = (read(folder / f"logs/{dataset}-tiny/{n}-s7.npz") for n in (name, f"{name}_loaded"))
     for key in set(first) - {"meta"}:
         assert np.array_equal(first[key], again[key]), key
@@ -117,8 +117,8 @@ def test_a_loaded_run_takes_another_budget(run, shorten, tmp_path):
     weights = "logs/pydoc-tiny/early_exit-s7.pt"
     for more, budget, depth in ((), 0.6, 2), (("--budget", "0.9"), 0.9, 2):
         status, _, errors = run("early_exit", "--load", weights, "--name", "again", *more, cwd=tmp_path)
-        options = json.loads(str(read(tmp_path / "logs/pydoc-tiny/again-s7.npz")["meta"]))["options"]
-        assert (options["budget"], options["depth"], options["criterion"]) == (budget, depth, "gain")
+        meta = json.loads(str(read(tmp_path / "logs/pydoc-tiny/again-s7.npz")["meta"]))
+        assert (meta["budget"], meta["depth"], meta["criterion"]) == (budget, depth, "gain")
 
 
 def test_what_cannot_be_loaded_is_one_line(finished, run, tmp_path):
@@ -263,7 +263,7 @@ def test_the_static_network_learns():
                                               torch.ones(y.numel()), accumulate=True)
     p = counts / counts.sum()
     bigram = -(p * (p / p.sum(1, keepdim=True).clamp(1e-9)).clamp(1e-9).log()).sum()
-    loss = script.summary(model, script.evaluate(model.masked, (x, y), 0.0))["loss"]
+    loss = script.evaluate(model, model.masked, (x, y), 0.0)["means"]["loss"]
     assert loss < bigram
 
 

@@ -18,7 +18,7 @@ def test_what_is_below_the_banner_is_the_same_in_every_script():
     assert not re.search(r"relu_sparsity|early_exit|gumbel_gates|moe\b|token_boost", below.pop())
     for name, text in texts.items():
         blocks = BLOCK.findall(text)
-        assert text.count("# === shared: ") == text.count("# === end shared ===") == len(blocks) >= 6
+        assert text.count("# === shared: ") == text.count("# === end shared ===") == len(blocks) >= 3
         for block, code in blocks:
             assert code == first.setdefault(block, code), f"'{block}' of {name}.py differs"
 
@@ -31,7 +31,7 @@ def test_the_mechanism_comes_first(name):
                                            "def main(", BANNER, "# === shared: static network ===")]
     assert order == sorted(order)
     own, shared = text[:order[-2]].count("\n"), text[order[-2]:].count("\n")
-    assert shared <= 376 and own <= 250
+    assert shared <= 330 and own <= 250
     doc = ast.get_docstring(ast.parse(text))
     assert doc.count("\n") < 25 and not re.search(r"\d %|\d nats", doc)
 

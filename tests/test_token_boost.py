@@ -202,8 +202,8 @@ def test_training_boosts_and_meets_the_budget():
     data, model = script.load_data(cfg), script.Model(cfg)
     script.train(model, data, cfg)
     few = [part[:100] for part in data["test"]]
-    losses = [script.summary(model, script.evaluate(model.even, few, k))["loss"] for k in range(5)]
+    losses = [script.evaluate(model, model.even, few, k)["means"]["loss"] for k in range(5)]
     assert sorted(losses, reverse=True) == losses and losses[1] < losses[0] - 0.1
     threshold = script.calibrate(model, [part[:100] for part in data["calibration"]], 0.6)
-    result = script.evaluate(model.skipping, few, threshold)
-    assert script.summary(model, result)["budget"] == pytest.approx(0.6, abs=0.05)
+    result = script.evaluate(model, model.skipping, few, threshold)
+    assert result["means"]["budget"] == pytest.approx(0.6, abs=0.05)
