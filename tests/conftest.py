@@ -92,13 +92,22 @@ def build(script, dataset="shapes", size="tiny", *options, seed=0):
     return model.eval()
 
 
-def inputs(dataset, size="tiny", count=8, seed=1):
+def trained(script, count, *options):
+    """A tiny model after so many steps on text, the data, and a hundred windows to test on."""
+    torch.manual_seed(0)
+    cfg = configure(script, "pydoc", "tiny", *steps(count), *options)
+    data, model = script.load_data(cfg), script.Model(cfg)
+    script.train(model, data, cfg)
+    return model, data, [part[:100] for part in data["test"]]
+
+
+def inputs(dataset, size="tiny", count=8, dtype=torch.float32):
     """(count, 3, 32, 32) images, bytes with fractions, or (count, T) characters, drawn at random."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(1)
     if dataset in ("shakespeare", "pydoc"):
         tokens = configure(scripts[NAMES[0]], dataset, size).tokens
         return torch.randint(32, 127, (count, tokens), generator=generator)
-    return 255 * (0.47 + 0.25 * torch.randn(count, 3, 32, 32, generator=generator))
+    return 255 * (0.47 + 0.25 * torch.randn(count, 3, 32, 32, generator=generator).to(dtype))
 
 
 def thresholds(model, x, shares=(0.0, 0.4, 0.8, 1.0)):

@@ -96,8 +96,7 @@ def first_screen():
         rho = found["disattenuated"]
         rows = [[a, *(number(rho[i, j]) if j < i else "" for j in range(len(names) - 1))]
                 for i, a in enumerate(names) if i]
-        said += [f"{data}:", "",
-                 *markdown(["", *names[:-1]], rows)]
+        said += [f"{data}:", "", *markdown(["", *names[:-1]], rows)]
     return [*half_table(), *said]
 
 
@@ -131,8 +130,6 @@ def tables():
                       *time_table(logs)]
         lines += ["Zeros of the networks above, at full width and depth:", "",
                   *zeros_table([log for log in logs if log.name.startswith(STATIC)])]
-    if lines[-1:] == [""] and len(lines) == 4:
-        lines.append("There are no logs yet.")
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -1,4 +1,6 @@
 """The promises of every script: dense, masked and skipping agree, and the MACs are those that ran."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,16 @@ from conftest import build, configure, inputs, scripts, thresholds
 
 DATASETS = ("shapes", "pydoc")
 pytestmark = pytest.mark.usefixtures("no_gradients")
+
+
+@pytest.fixture(params=[(name,) for name in scripts] + [
+    ("gumbel_gates", "--grain", "layer"), ("gumbel_gates", "--grain", "group")], ids=" ".join)
+def script(request):
+    """Every script in turn, and variants of some."""
+    name, *more = request.param
+    module = scripts[name]
+    return SimpleNamespace(SCRIPT=name, Model=module.Model, StaticNet=module.StaticNet,
+                           options=lambda argv: module.options([*argv, *more]))
 
 
 @pytest.fixture
@@ -75,12 +87,10 @@ def test_shorter_texts_cost_less(script):
 def test_masked_says_what_skipping_does(script, dataset):
     """In float32 as it is used, and in float64, where no rounding can turn a decision: a ReLU network
     takes so many of them that in float32 a few may fall to the other side."""
-    x = inputs(dataset, count=16)
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
-        model = build(script, dataset).to(dtype)
-        v = x.to(dtype) if x.is_floating_point() else x
-        for threshold in thresholds(model, v):
-            masked, skipping = model.masked(v, threshold), model.skipping(v, threshold)
+        model, x = build(script, dataset).to(dtype), inputs(dataset, count=16, dtype=dtype)
+        for threshold in thresholds(model, x):
+            masked, skipping = model.masked(x, threshold), model.skipping(x, threshold)
             assert torch.allclose(masked[0], skipping[0], atol=tolerance, rtol=0)
             assert masked[1].shape == (16,) and masked[2].shape == (16, 64)
             if dtype == torch.float64 or script.SCRIPT != "relu_sparsity":
@@ -103,8 +113,7 @@ def test_dense_takes_decisions(script, dataset):
 
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_an_example_does_not_depend_on_its_neighbours(script, dataset):
-    model, x = build(script, dataset).double(), inputs(dataset, count=256)
-    x = x.double() if x.is_floating_point() else x
+    model, x = build(script, dataset).double(), inputs(dataset, count=256, dtype=torch.float64)
     order = torch.randperm(256, generator=torch.Generator().manual_seed(2))
     for threshold in thresholds(model, x[:32], (0.3, 0.7)):
         batch, shuffled = model.skipping(x, threshold), model.skipping(x[order], threshold)
@@ -143,6 +152,18 @@ def test_the_loss_trains_everything(script, dataset):
         loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("name", ("gumbel_gates", "token_boost"))
+def test_a_network_trains_before_its_gates_join(name):
+    """Before, the loss is the static network's, and no gate has a gradient; then all parameters do."""
+    model, x, y = build(scripts[name]).train(), inputs("shapes", count=16), torch.arange(16) % 10
+    loss, _ = model.loss(x, y, 0.19)
+    assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(model.net(x), y).item(), rel=1e-4)
+    loss.backward()
+    assert all(p.grad is None for p in model.gates.parameters())
+    model.loss(x, y, 0.2)[0].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
 @pytest.mark.parametrize("dataset", DATASETS)

@@ -3,8 +3,6 @@ import email.message
 import hashlib
 import io
 import tarfile
-import time
-import urllib.error
 
 import numpy as np
 import pytest
@@ -17,14 +15,11 @@ MEMBERS = [f"cifar-10-batches-bin/{name}.bin"
            for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]]
 
 
-@pytest.fixture
-def refuses():
-    """refuses(message, function, *args): it raises an OSError of one line that holds the message."""
-    def check(message, function, *args):
-        with pytest.raises(OSError, match=message) as stop:
-            function(*args)
-        assert "\n" not in str(stop.value)
-    return check
+def refuses(message, function, *args):
+    """It raises an OSError of one line that holds the message."""
+    with pytest.raises(OSError, match=message) as stop:
+        function(*args)
+    assert "\n" not in str(stop.value)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +43,7 @@ def write_archive(folder, members, monkeypatch):
     return path
 
 
-def test_cifar10_from_the_archive_and_unpacked(tmp_path, records, monkeypatch, refuses):
+def test_cifar10_from_the_archive_and_unpacked(tmp_path, records, monkeypatch):
     parts = {n: records[i * 10000:(i + 1) * 10000].tobytes() for i, n in enumerate(MEMBERS)}
     path = write_archive(tmp_path, parts, monkeypatch)
     cfg = configure(script, "cifar10", "tiny", "--data", str(tmp_path))
@@ -61,7 +56,6 @@ def test_cifar10_from_the_archive_and_unpacked(tmp_path, records, monkeypatch, r
     data = script.load_data(cfg)
     images, labels = (torch.cat(parts) for parts in zip(*data.values()))
     assert np.array_equal(images.flatten(1), records[:, 1:]) and np.array_equal(labels, records[:, 0])
-
     path.unlink()                                                           # the folder is enough
     data = script.load_data(cfg)
     assert [len(data[name][0]) for name in ("train", "calibration", "test")] == [45000, 5000, 10000]
@@ -72,8 +66,8 @@ def test_cifar10_from_the_archive_and_unpacked(tmp_path, records, monkeypatch, r
         refuses("incomplete or altered", script.load_data, cfg)
 
 
-def test_a_partial_download_never_passes_for_a_whole_file(tmp_path, monkeypatch, refuses):
-    """torch.hub does the download; here its connection breaks off, brings another file, succeeds."""
+def test_a_partial_download_never_passes_for_a_whole_file(tmp_path, monkeypatch):
+    """torch.hub does the download; here it brings a part, another file, the right one."""
     whole = bytes(range(256)) * 40
     source = ("file.bin", "http://nowhere.invalid/file.bin", hashlib.sha256(whole).hexdigest())
     path = tmp_path / "data/file.bin"
@@ -84,22 +78,16 @@ def test_a_partial_download_never_passes_for_a_whole_file(tmp_path, monkeypatch,
 
     def answer(content):
         def urlopen(request):
-            if content is None:
-                raise urllib.error.URLError("no route")
             return Response(content)
         monkeypatch.setattr(torch.hub, "urlopen", urlopen)
 
-    answer(None)
-    refuses("no route", script.download, tmp_path / "data", *source)
-    assert not list(path.parent.iterdir())
     for content in (whole[:1000], whole[:-1] + b"x"):
         answer(content)
         refuses("is not the published file", script.download, tmp_path / "data", *source)
         path.unlink()
-    answer(whole)
-    assert script.download(tmp_path / "data", *source).read_bytes() == whole    # simply run again
-    answer(None)
-    assert script.download(tmp_path / "data", *source).read_bytes() == whole    # nothing is downloaded
+    for content in (whole, b""):                                # the second time nothing is downloaded
+        answer(content)
+        assert script.download(tmp_path / "data", *source).read_bytes() == whole
     path.write_bytes(whole[:-1])
     refuses("is not the published file", script.download, tmp_path / "data", *source)
 
@@ -127,12 +115,6 @@ def test_shakespeare_splits(tmp_path, monkeypatch):
         assert bytes(window.numpy()) in text[:17100] and torch.equal(x[0, 1:], y[0, :-1])
 
 
-def test_pydoc_is_there_on_every_python():
-    data = script.load_data(configure(script, "pydoc"))
-    assert len(data["train"][0]) > 200000 and data["train"][0].max() < 128
-    assert torch.equal(data["test"][0].flatten()[1:], data["test"][1].flatten()[:-1])
-
-
 @pytest.fixture(scope="module")
 def shapes():
     return script.load_data(configure(script, "shapes"))
@@ -145,9 +127,7 @@ def test_shapes_are_balanced_and_repeatable(shapes):
     assert len(counts) == 10 and counts.min() > 900
     difficulty = shapes["difficulty"]
     assert difficulty.shape == (4000,) and 0 <= difficulty.min() < 0.01 and 0.99 < difficulty.max() <= 1
-    began = time.perf_counter()
     images, labels, difficulty = script.draw_shapes.__wrapped__(200)
-    assert time.perf_counter() - began < 1
     again = script.draw_shapes.__wrapped__(200)
     assert torch.equal(images, again[0]) and torch.equal(labels, again[1])
 

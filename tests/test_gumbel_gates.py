@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import gumbel_gates as script
-from conftest import build, configure, inputs, thresholds, steps
-from test_contract import executed_macs
+from conftest import build, inputs, trained
 
 CASES = [(grain, dataset) for grain in ("layer", "token", "group") for dataset in ("shapes", "pydoc")]
 cases = pytest.mark.parametrize("grain, dataset", CASES)
@@ -28,7 +27,6 @@ def test_samples_follow_the_softmax():
     assert ((samples.sum(0) - expected).square() / expected).sum() < 16.27
     uniform = torch.full((4,), 5000.0)                      # the test can tell: not from a uniform
     assert ((samples.sum(0) - uniform).square() / uniform).sum() > 1000
-
     z = torch.tensor([-2.0, -0.5, 0.0, 1.0, 3.0])                               # k = 2
     for estimator in ("gumbel", "reinforce"):
         mean = script.sample_gates(z.expand(40000, 5), estimator).mean(0)
@@ -49,7 +47,6 @@ def test_the_gradient_is_that_of_the_relaxation():
         gradients.append((out.detach(), scores.grad))
     assert torch.allclose(gradients[0][0], gradients[1][0])
     assert torch.allclose(gradients[0][1], gradients[1][1], atol=1e-6)
-
     z = torch.tensor([0.3, -1.2], requires_grad=True)
     torch.manual_seed(5)
     script.sample_gates(z, "gumbel").sum().backward()
@@ -122,27 +119,6 @@ def test_the_ends(grain, dataset):
         assert macs.tolist() == [fixed + conv + 64 * 8 * 32 * 32 + gates] * 3
 
 
-@cases
-def test_the_contract_at_every_grain(grain, dataset):
-    """What runs is counted; masked, skipping, a second time and a single example agree."""
-    model, x = gated(dataset, "--grain", grain).double(), inputs(dataset, count=16)
-    x = x.double() if x.is_floating_point() else x
-    for threshold in thresholds(model, x, (0.3, 0.7)):
-        masked, skipping = model.masked(x, threshold), model.skipping(x, threshold)
-        executed, part = executed_macs(model.skipping, x[5:6], threshold)
-        assert executed == part[1].item() and part[2].sum() <= executed
-        for a, b, c in zip(masked, skipping, part):
-            assert torch.allclose(a.double(), b.double(), atol=1e-9, rtol=0)
-            assert torch.allclose(b[5:6].double(), c.double(), atol=1e-9, rtol=0)
-        assert len(masked[1].unique()) > 1                                      # mixed, not all alike
-        if dataset == "pydoc":
-            changed = torch.where(torch.arange(64) < 30, x, (x - 32 + 41) % 95 + 32)
-            other = model.skipping(changed, threshold)
-            assert torch.allclose(other[0][:, :30], skipping[0][:, :30], atol=1e-10)
-            assert torch.equal(other[2][:, :30], skipping[2][:, :30])
-            assert not torch.equal(other[2][:, 30:], skipping[2][:, 30:])
-
-
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @cases
 def test_the_task_alone_moves_every_gate(grain, dataset, estimator):
@@ -176,17 +152,6 @@ def test_the_loss_by_hand(estimator):
         assert loss.item() == pytest.approx((task + 10 * (macs - 0.75) ** 2).item(), rel=1e-5)
 
 
-def test_gates_join_a_young_network():
-    """Before, the loss is the static network's; no gate has a gradient."""
-    model, x, y = gated(), inputs("shapes"), torch.arange(8)
-    loss, _ = model.loss(x, y, 0.19)
-    assert loss.item() == pytest.approx(F.cross_entropy(model.net(x), y).item(), rel=1e-6)
-    loss.backward()
-    assert all(parameter.grad is None for parameter in model.gates.parameters())
-    model.loss(x, y, 0.2)[0].backward()
-    assert all(parameter.grad is not None for parameter in model.gates.parameters())
-
-
 def test_the_budget_is_for_the_batch_not_for_the_example():
     """Half of the examples open, half closed: as if each ran one block of two; in a gradient, too."""
     model = gated("shapes", "--grain", "layer")
@@ -201,11 +166,7 @@ def test_the_budget_is_for_the_batch_not_for_the_example():
 
 def test_training_meets_the_budget():
     """A few hundred steps on text: at threshold 0, the rule of training, MACs are near the budget."""
-    torch.manual_seed(0)
-    cfg = configure(script, "pydoc", "tiny", *steps(400), "--budget", "0.7", "--depth", "3")
-    data, model = script.load_data(cfg), script.Model(cfg)
-    script.train(model, data, cfg)
-    few = [part[:100] for part in data["test"]]
+    model, data, few = trained(script, 400, "--budget", "0.7", "--depth", "3")
     spent = script.evaluate(model, model.masked, few, 0.0)["means"]["budget"]
     assert spent == pytest.approx(0.7, abs=0.15)
     threshold = script.calibrate(model, [part[:100] for part in data["calibration"]], 0.7)

@@ -5,14 +5,13 @@ import re
 import signal
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from conftest import NAMES, ROOT, build, configure, scripts, steps
+from conftest import NAMES, ROOT, build, configure, scripts, steps, trained
 
 PAIRS = [(name, dataset) for name in NAMES for dataset in ("shapes", "pydoc")]
 OPTIONS = ("--size", "tiny", "--device", "cpu", "--seed", "7")
@@ -41,8 +40,12 @@ def read(path):
         return {key: log[key] for key in log.files}
 
 
-def test_the_log_follows_the_schema(finished):
-    name, dataset, folder, _ = finished
+def test_the_log_follows_the_schema_and_the_picture_is_there(finished):
+    name, dataset, folder, printed = finished
+    picture = folder / f"figures/{dataset}-tiny/{name}-s7.png"
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and picture.stat().st_size > 15000
+    assert str(picture.relative_to(folder)) in printed and "accuracy" in printed
+    assert len([p for p in folder.rglob("*") if p.is_file()]) == 3          # log, weights, picture
     log = read(folder / f"logs/{dataset}-tiny/{name}-s7.npz")
     meta = json.loads(str(log["meta"]))
     text = dataset == "pydoc"
@@ -60,7 +63,6 @@ def test_the_log_follows_the_schema(finished):
     assert set(log) == set(shapes)
     for key, (shape, dtype) in shapes.items():
         assert log[key].shape == shape and dtype in (None, log[key].dtype), key
-
     cfg = configure(scripts[name], dataset, "tiny", "--depth", "3")
     test = [part[:300] for part in load_all(cfg)["test"]]
     assert np.array_equal(log["label"], test[1].numpy())
@@ -70,7 +72,6 @@ def test_the_log_follows_the_schema(finished):
     assert meta["static_macs"] == scripts[name].StaticNet(cfg).macs
     assert meta["batch"] == 64 and meta["width"] == 32 and meta["seconds"] > 0
     assert not {"data", "out", "load"} & set(meta)                          # nothing of this machine
-
     # The numbers in `meta` are those of the arrays.
     correct = log["prediction"] == log["label"]
     assert meta["at_budget"]["accuracy"] == pytest.approx(correct.mean())
@@ -84,14 +85,6 @@ def test_the_log_follows_the_schema(finished):
         assert len(apart) and apart.max() < 0.051
     assert np.ptp(log["macs"]) > 0
     assert not text or (log["token_macs"].sum(1) <= log["macs"]).all()
-
-
-def test_the_picture_is_there(finished):
-    name, dataset, folder, printed = finished
-    picture = folder / f"figures/{dataset}-tiny/{name}-s7.png"
-    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and picture.stat().st_size > 15000
-    assert str(picture.relative_to(folder)) in printed and "accuracy" in printed
-    assert len([p for p in folder.rglob("*") if p.is_file()]) == 3          # log, weights, picture
 
 
 def test_a_loaded_run_is_the_run(finished, run, shorten):
@@ -178,11 +171,9 @@ script.main(script.options(["--dataset", "pydoc", "--size", "tiny", "--device", 
 
 ERRORS = [
     (["--dataset", "mnist"], "invalid choice"),
-    (["--size", "huge"], "invalid choice"),
     (["--nonsense"], "unrecognized arguments"),
     (["--width", "many"], "invalid int value"),
     (["--lr", "-1"], "--lr must be at least"),
-    (["--epochs", "inf"], "below a million"),
     (["--epochs", "nan"], "--epochs must be"),
     (["--width", "0"], "--width must be at least 1"),
     (["--seed", "99999999999999999999"], "below a million"),
@@ -221,10 +212,6 @@ def test_a_text_that_is_missing(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     status, printed, errors = run(NAMES[0], "--dataset", "pydoc", "--size", "tiny", cwd=tmp_path)
     assert status == 2 and "pydoc_data" in errors.splitlines()[-1] and "Traceback" not in errors
-    topics = {"a": 1600 * "b"}                          # as many as are needed are enough
-    monkeypatch.setitem(sys.modules, "pydoc_data.topics", types.SimpleNamespace(topics=topics))
-    data = load_all(configure(scripts[NAMES[0]], "pydoc"))
-    assert [len(data[split][0]) for split in ("train", "calibration", "test")] == [1304, 1, 2]
 
 
 def test_stopping_with_ctrl_c(tmp_path):
@@ -240,24 +227,11 @@ def test_stopping_with_ctrl_c(tmp_path):
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_help_explains_every_option(name, run, tmp_path):
-    status, printed, _ = run(name, "--help", cwd=tmp_path)
-    assert status == 0 and scripts[name].__doc__.split("\n")[0] in printed
-    listed = re.findall(r"^  (?:-h, )?--([a-z0-9-]+)", printed, re.M)
-    assert len(listed) >= 13
-    for option in listed:
-        assert re.search(rf"--{option}\b.*?(  |\n +)[a-zA-Z][^-]* [^-]*[a-z]{{3}}", printed), option
-
-
 def test_the_static_network_learns():
     """The tiny network on text, a hundred steps: better than any guess from single characters, which
     cannot be below the entropy of a character given the one before it."""
     script = scripts["relu_sparsity"]
-    cfg = configure(script, "pydoc", "tiny", *steps(300))
-    torch.manual_seed(0)
-    data, model = script.load_data(cfg), script.Model(cfg)
-    script.train(model, data, cfg)
+    model, data, _ = trained(script, 300)
     x, y = data["calibration"]
     counts = torch.zeros(128, 128).index_put_((x.flatten().long(), y.flatten().long()),
                                               torch.ones(y.numel()), accumulate=True)
@@ -288,5 +262,4 @@ def test_the_learning_rate_rises_and_falls(monkeypatch):
     assert np.allclose(rates["AdamW"], muon / 5)
     assert np.allclose(muon[:10], cfg.lr * np.arange(1, 11) / 10)
     assert np.allclose(muon[10:], cfg.lr * np.arange(90, 0, -1) / 90)
-    together = [id(p) for params in held.values() for p in params]
-    assert sorted(together) == sorted(id(p) for p in model.parameters())
+    assert sorted(map(id, held["Muon"] + held["AdamW"])) == sorted(map(id, model.parameters()))
