@@ -247,8 +247,8 @@ def main(cfg):
 
 # === shared: static network ===
 class Block(nn.Module):
-    """A depthwise convolution mixes tokens, and each runs the MLP on the mixture. x itself is not
-    mixed: a token that skips the MLP keeps its state."""
+    """A depthwise convolution mixes tokens for the MLP. x itself is not mixed: a token that skips
+    the MLP keeps its state."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -256,7 +256,7 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(C)
         self.conv = nn.Conv2d(C, C, (8, 1) if cfg.text else 3, groups=C)
         self.padding = (0, 0, 7, 0) if cfg.text else (1, 1, 1, 1)    # a text: the past
-        self.grid = (-1, 1) if cfg.text else (8, 8)    # rows and columns of tokens
+        self.grid = (-1, 1) if cfg.text else (8, 8)
         self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.ReLU(), nn.Linear(4 * C, C))
         self.drop = nn.Dropout(cfg.dropout)
 
@@ -282,7 +282,7 @@ class StaticNet(nn.Module):
         self.blocks = nn.Sequential(*(Block(cfg) for _ in range(cfg.depth)))
         self.norm = nn.LayerNorm(C)
         self.out = nn.Linear(C, cfg.classes)
-        if cfg.text:    # one matrix reads characters and predicts them
+        if cfg.text:    # reads and predicts characters
             self.out.weight = self.stem.weight
             nn.init.normal_(self.stem.weight, std=0.02)
         self.head_macs = C * cfg.classes
@@ -325,7 +325,7 @@ def parse(parser, argv):
     add("--dataset", choices=["cifar10", "shakespeare", "shapes", "pydoc"], default="cifar10",
         help="the last two need no download")
     add("--size", choices=SIZES, default="base" if devices[1:] else "small",
-        help="sets the next three (default: base with CUDA, else small)")
+        help="sets the next three (default: base with CUDA)")
     add("--width", type=int, help="channels of a token")
     add("--depth", type=int, help="number of blocks")
     add("--epochs", type=float, help="passes over the training data")
@@ -335,7 +335,7 @@ def parse(parser, argv):
     add("--bf16", action=argparse.BooleanOptionalAction, default="cuda" in devices,
         help="train in bfloat16 (default: with CUDA)")
     add("--data", default="data", help="folder of the data sets")
-    add("--out", default=".", help="folder that gets logs/ and figures/")
+    add("--out", default=".", help="folder of logs/ and figures/")
     add("--name", default=SCRIPT, help="of this run and its files")
     add("--load", metavar="FILE", help="evaluate the .pt of an earlier run")
     cfg = parser.parse_args(argv)
@@ -361,7 +361,7 @@ def download(folder, name, url, sha256):
 
 
 def draw_shapes(count):
-    """Grey flowers with 1 to 10 lobes, at any angle, which difficulty makes faint and noisy."""
+    """Grey flowers with 1 to 10 lobes, which difficulty makes faint and noisy."""
     rng = np.random.default_rng(0)
     label = rng.integers(10, size=(count, 1, 1, 1), dtype=np.uint8)
     difficulty = rng.random(label.shape, np.float32) ** 1.5
@@ -408,7 +408,7 @@ def load_data(cfg):
 
 
 def training_batches(data, cfg):
-    """Endless (x, y): images are shifted and flipped, a text is cut at other places."""
+    """Endless (x, y): images shifted and flipped, a text cut at other places."""
     random = dict(generator=torch.Generator(cfg.device).manual_seed(cfg.seed), device=cfg.device)
     x, y = data["train"]
     stride = cfg.tokens if cfg.text else 1
@@ -433,7 +433,7 @@ def train(model, data, cfg):
     """Muon for the matrices of blocks, AdamW for all else -> seconds."""
     matrices = [p for p in model.net.blocks.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
-    decay = 0.1 if cfg.text else 0.0    # a text is short, and read many times
+    decay = 0.1 if cfg.text else 0.0    # a short text, read many times
     muon = torch.optim.Muon(matrices, cfg.lr, weight_decay=decay, adjust_lr_fn="original")
     adamw = torch.optim.AdamW(others, cfg.lr / 5, betas=(0.9, 0.99), weight_decay=0.0)
     examples = len(data["train"][0]) / (cfg.tokens if cfg.text else 1)    # windows overlap
@@ -459,7 +459,7 @@ def train(model, data, cfg):
 
 @torch.no_grad()
 def evaluate(model, run, split, threshold):
-    """What run, as model.skipping, answers and spends on a split: arrays, and their means."""
+    """run, such as model.skipping, over a split -> arrays, and their means."""
     batches = []
     for x, y in zip(*(part.split(250) for part in split)):
         logits, macs, token_macs = run(x, threshold)
@@ -475,7 +475,7 @@ def evaluate(model, run, split, threshold):
 
 def calibrate(model, split, budget):
     """The threshold at which `masked` spends a budget, or the first above, by bisection."""
-    few = [part[:2000] for part in split]    # enough to estimate a mean
+    few = [part[:2000] for part in split]    # enough for a mean
     low, high = np.arcsinh([model.cheapest, model.full])    # the ends may be far
     for _ in range(15):
         middle = (low + high) / 2
@@ -490,8 +490,8 @@ def calibrate(model, split, budget):
 
 
 def sweep_budgets(model, data):
-    """Test at BUDGETS in reach, then in full -> results, and means of the random control."""
-    def control(x, threshold):    # each example gets the decisions of another one
+    """Results at BUDGETS in reach and in full, and means of the random control."""
+    def control(x, threshold):    # decisions of another example
         _, decisions = model.dense(x, threshold)
         return model.masked(x, decisions=[each.flip(0) for each in decisions])
 
@@ -526,12 +526,12 @@ def output_path(cfg, kind, suffix):
     return path
 
 
-def load(path, model=None):    # -> options of an earlier run; its weights go into the model
+def load(path, model=None):    # -> options of a run, whose weights go into the model
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
         if model:
             model.eval().load_state_dict(run["state_dict"])
-        return run["options"]
+        return {"seconds": 0.0} | run["options"]
     except Exception as error:    # the file can be anything
         raise OSError(f"--load {path}: {' '.join(str(error).split())[:200]}")
 
@@ -567,7 +567,7 @@ def save(log, cfg, data, model, result, sweep, **extra):
 
 
 if __name__ == "__main__":
-    torch.backends.cudnn.allow_tf32 = False    # evaluation is float32, on a GPU as well
+    torch.backends.cudnn.allow_tf32 = False    # float32 on a GPU as well
     try:
         main(options())
     except (OSError, ImportError, FloatingPointError, KeyboardInterrupt) as error:
