@@ -58,10 +58,10 @@ def options(argv=None):
     return cfg
 
 
+# === the mechanism ===
 # Shapes: B batch, T tokens, C width, L exits (one per block), K classes or characters; "..." stands
 # for what leaves: (B,) for images, (B, T) for characters.
 
-# === the mechanism ===
 def certainty(logits, criterion):
     """How sure a head is, from 0 to 1: logits (..., K) -> (...)."""
     log_p = logits.float().log_softmax(-1)
@@ -248,6 +248,47 @@ def main(cfg):
     print(f"wrote {log} and {picture}", sep="\n")
 
 
+# Below: identical in the four scripts that have a budget.
+
+# === shared: budgets ===
+BUDGETS = (0.35, 0.5, 0.6, 0.7, 0.85)    # shares of the static network's MACs
+
+
+def calibrate(model, split, budget):
+    """The threshold at which `masked` spends a budget, or the first above, by bisection."""
+    few = [part[:2000] for part in split]    # enough for a mean
+    low, high = np.arcsinh([model.cheapest, model.full])    # the ends may be far
+    for _ in range(15):
+        middle = (low + high) / 2
+        spent = evaluate(model, model.masked, few, math.sinh(middle))["means"]["budget"]
+        if abs(spent - budget) < 0.003:
+            return math.sinh(middle)
+        if spent < budget:
+            low = middle
+        else:
+            high = middle
+    return math.sinh(high)
+
+
+def sweep_budgets(model, data):
+    """Results at BUDGETS in reach and in full, and means of the random control."""
+    def control(x, threshold):    # decisions of another example
+        _, decisions = model.dense(x, threshold)
+        return model.masked(x, decisions=[each.flip(0) for each in decisions])
+
+    few = [part[:1000] for part in data["calibration"]]
+    least, most = (evaluate(model, model.masked, few, end)["means"]["budget"]
+                   for end in (model.cheapest, model.full))
+    thresholds = [calibrate(model, data["calibration"], budget)
+                  for budget in BUDGETS if least < budget < most]
+    sweep, random = [], []
+    for threshold in tqdm([*thresholds, model.full], "sweep"):
+        sweep.append(evaluate(model, model.skipping, data["test"], threshold))
+        random.append(evaluate(model, control, data["test"], threshold)["means"])
+    return sweep, random
+# === end shared ===
+
+
 # Below: identical in all five scripts; read it once.
 
 # === shared: static network ===
@@ -310,11 +351,13 @@ class StaticNet(nn.Module):
 
 
 # === shared: options and data ===
-BUDGETS = (0.35, 0.5, 0.6, 0.7, 0.85)    # shares of the static network's MACs
-SHAPE = ("width", "depth", "batch", "epochs", "dropout", "tokens", "classes")
-SIZES = {"tiny": ((32, 3, 64, 3, 0.0, 64, 10), (32, 2, 64, 1, 0.0, 64, 128)),    # images, text
-         "small": ((48, 8, 128, 16, 0.0, 64, 10), (72, 6, 32, 10, 0.1, 128, 128)),
-         "base": ((128, 10, 256, 60, 0.1, 64, 10), (384, 9, 64, 20, 0.2, 256, 128))}
+SIZES = {   # of images, and of text
+    "tiny": (dict(width=32, depth=4, batch=64, epochs=2.5, dropout=0.0, tokens=64, classes=10),
+             dict(width=32, depth=2, batch=64, epochs=1, dropout=0.0, tokens=64, classes=128)),
+    "small": (dict(width=48, depth=8, batch=128, epochs=16, dropout=0.0, tokens=64, classes=10),
+              dict(width=72, depth=6, batch=32, epochs=10, dropout=0.1, tokens=128, classes=128)),
+    "base": (dict(width=128, depth=10, batch=256, epochs=60, dropout=0.1, tokens=64, classes=10),
+             dict(width=128, depth=9, batch=32, epochs=12, dropout=0.3, tokens=256, classes=128))}
 CIFAR10 = ("cifar-10-binary.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
            "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")
 SHAKESPEARE = ("tinyshakespeare.txt", "https://raw.githubusercontent.com/karpathy/char-rnn/master/"
@@ -345,7 +388,7 @@ def parse(parser, argv):
     add("--load", metavar="FILE", help="evaluate the .pt of an earlier run")
     cfg = parser.parse_args(argv)
     text = cfg.dataset in ("shakespeare", "pydoc")
-    known = load(cfg.load) if cfg.load else dict(zip(SHAPE, SIZES[cfg.size][text]))
+    known = load(cfg.load) if cfg.load else SIZES[cfg.size][text]
     cfg = parser.parse_args(argv, argparse.Namespace(**known))
     cfg.text = cfg.dataset in ("shakespeare", "pydoc")
     for key, least in dict(width=1, depth=1, epochs=1e-3, lr=1e-6, seed=0).items():
@@ -438,12 +481,12 @@ def train(model, data, cfg):
     """Muon for the matrices of blocks, AdamW for all else -> seconds."""
     matrices = [p for p in model.net.blocks.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
-    decay = 0.1 if cfg.text else 0.0    # a short text, read many times
-    muon = torch.optim.Muon(matrices, cfg.lr, weight_decay=decay, adjust_lr_fn="original")
+    muon = torch.optim.Muon(matrices, cfg.lr, weight_decay=0.1 * cfg.text, adjust_lr_fn="original")
     adamw = torch.optim.AdamW(others, cfg.lr / 5, betas=(0.9, 0.99), weight_decay=0.0)
     examples = len(data["train"][0]) / (cfg.tokens if cfg.text else 1)    # windows overlap
     steps = math.ceil(cfg.epochs * examples / cfg.batch)
     bar = tqdm(zip(range(steps), training_batches(data, cfg)), cfg.name, steps)
+    model.train()
     for step, (x, y) in bar:
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
             loss, shown = model.loss(x, y, step / steps)
@@ -478,40 +521,6 @@ def evaluate(model, run, split, threshold):
                 token_macs=token_macs, threshold=threshold, means=means)
 
 
-def calibrate(model, split, budget):
-    """The threshold at which `masked` spends a budget, or the first above, by bisection."""
-    few = [part[:2000] for part in split]    # enough for a mean
-    low, high = np.arcsinh([model.cheapest, model.full])    # the ends may be far
-    for _ in range(15):
-        middle = (low + high) / 2
-        spent = evaluate(model, model.masked, few, math.sinh(middle))["means"]["budget"]
-        if abs(spent - budget) < 0.003:
-            return math.sinh(middle)
-        if spent < budget:
-            low = middle
-        else:
-            high = middle
-    return math.sinh(high)
-
-
-def sweep_budgets(model, data):
-    """Results at BUDGETS in reach and in full, and means of the random control."""
-    def control(x, threshold):    # decisions of another example
-        _, decisions = model.dense(x, threshold)
-        return model.masked(x, decisions=[each.flip(0) for each in decisions])
-
-    few = [part[:1000] for part in data["calibration"]]
-    least, most = (evaluate(model, model.masked, few, end)["means"]["budget"]
-                   for end in (model.cheapest, model.full))
-    thresholds = [calibrate(model, data["calibration"], budget)
-                  for budget in BUDGETS if least < budget < most]
-    sweep, random = [], []
-    for threshold in tqdm([*thresholds, model.full], "sweep"):
-        sweep.append(evaluate(model, model.skipping, data["test"], threshold))
-        random.append(evaluate(model, control, data["test"], threshold)["means"])
-    return sweep, random
-
-
 @torch.no_grad()
 def wall_clock(cfg, model, x, threshold):
     """Median milliseconds of the static network and of `skipping`."""
@@ -536,7 +545,7 @@ def load(path, model=None):    # -> options of a run, whose weights go into the 
         run = torch.load(path, map_location="cpu", weights_only=True)
         if model:
             model.eval().load_state_dict(run["state_dict"])
-        return {"seconds": 0.0} | run["options"]
+        return run["options"]
     except Exception as error:    # the file can be anything
         raise OSError(f"--load {path}: {' '.join(str(error).split())[:200]}")
 

@@ -6,12 +6,10 @@ Every block of the network holds an MLP, two matrix products and a ReLU between 
     y = W2 h = sum of h[j] * W2[:, j] over the neurons j that fired, those with h[j] > 0
 
 A neuron that did not fire adds nothing, yet a static network multiplies its column of W2 by 0.
-This script trains the static network that all scripts start from, and measures its density, the
-share of neurons that fire. `skipping` saves the MACs (multiply-accumulates) of zeros in the second
-product; the first runs in full. The oracle bound is what is left if all zeros are known beforehand.
+This script trains the static network of all others, and measures its density: how many fire.
+`skipping` saves the MACs (multiply-accumulates) of zeros in W2 h; an oracle would in W1 x as well.
 
-    python relu_sparsity.py                                  # CIFAR-10
-    python relu_sparsity.py --depth 4 --name depth_4         # a smaller static network
+    python relu_sparsity.py --depth 4 --name depth_4         # a smaller one, to compare with
 
 Papers: Li et al. 2023, The Lazy Neuron Phenomenon; Mirzadeh et al. 2023, ReLU Strikes Back; Kurtz
 et al. 2020, Inducing and Exploiting Activation Sparsity (the penalty, here divided by H).
@@ -43,9 +41,9 @@ def options(argv=None):
     return parse(parser, argv)
 
 
+# === the mechanism ===
 # Shapes: B batch, T tokens, C width, H = 4 C hidden neurons, L blocks, K classes or characters.
 
-# === the mechanism ===
 def hoyer(h):
     """Square Hoyer measure |h|_1^2 / (H |h|_2^2) of each row of h (..., H) >= 0, averaged: the
     share of neurons that matter. 1 if all are equal, 1 / H if only one fires, 0 if none does."""
@@ -73,10 +71,9 @@ class Model(nn.Module):
         """What training minimises, and numbers for the progress bar; progress: from 0 to 1."""
         logits, fired = self.dense(x)
         loss = F.cross_entropy(logits.movedim(-1, 1), y)
-        shown = dict(loss=loss, accuracy=(logits.argmax(-1) == y).float().mean())
         if self.sparsity_weight:
             loss = loss + self.sparsity_weight * sum(hoyer(h) for h in fired) / len(fired)
-        return loss, shown
+        return loss, dict(loss=loss, accuracy=(logits.argmax(-1) == y).float().mean())
 
     def dense(self, x, threshold=None, decisions=None):
         """x -> logits, and L tensors (B, T, H), the activations that fired. decisions: L such
@@ -115,15 +112,14 @@ class Model(nn.Module):
 
 
 @torch.no_grad()
-def measure_density(model, split):
-    """Share of activations above zero by example and layer (N, L), by layer and neuron (L, H)."""
+def measure_density(model, x):
+    """Share of activations above zero: by example and layer (N, L), by layer and neuron (L, H)."""
     by_example, by_neuron = [], 0
-    for x in split[0].split(100):
-        fired = torch.stack(model.dense(x)[1], 1) > 0            # (B, L, T, H)
+    for some in x.split(100):
+        fired = torch.stack(model.dense(some)[1], 1) > 0                        # (B, L, T, H)
         by_example.append(fired.float().mean((2, 3)))
-        by_neuron = by_neuron + fired.sum((0, 2))
-    tokens = len(split[0]) * fired.shape[2]
-    return torch.cat(by_example).cpu().numpy(), (by_neuron / tokens).cpu().numpy()
+        by_neuron += fired.sum((0, 2))
+    return torch.cat(by_example).cpu().numpy(), by_neuron.cpu().numpy() / len(x) / fired.shape[2]
 
 
 def main(cfg):
@@ -133,25 +129,25 @@ def main(cfg):
     data, model = load_data(cfg), Model(cfg).to(cfg.device)
     cfg.seconds = load(cfg.load, model)["seconds"] if cfg.load else train(model, data, cfg)
 
-    result = evaluate(model, model.skipping, data["test"], model.full)    # zeros lose nothing
-    by_example, by_neuron = measure_density(model, data["test"])
-    zeros = (1 - by_example.mean()) * by_neuron.size * cfg.tokens       # in an average example
+    result = evaluate(model, model.skipping, data["test"], model.full)          # zeros lose nothing
+    by_example, by_neuron = measure_density(model, data["test"][0])
     density = dict(layers=by_example.mean(0).tolist(), neurons=by_neuron.size,
                    never=int((by_neuron == 0).sum()), always=int((by_neuron == 1).sum()),
-                   oracle_bound=float(1 - 2 * zeros * cfg.width / model.net.macs))
+                   oracle_bound=2 * result["means"]["budget"] - 1)
     save(log, cfg, data, model, result, [result], density=density)
 
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    layers, neurons = figure.subplots(1, 2)
+    layers, neurons, tenths = Figure(figsize=(12, 4), layout="constrained").subplots(1, 3)
     layers.violinplot(list(by_example.T), showmedians=True)
-    layers.set(title="density of a layer, over examples", xlabel="layer")
+    layers.set(title="density of each layer, over examples", xlabel="layer")
     neurons.plot(np.sort(by_neuron).T)
     neurons.set(title="firing rate of each neuron, a line for each layer", xlabel="neuron, sorted")
-    figure.savefig(picture, dpi=120)
+    order = result["loss"].reshape(len(by_example), -1).mean(1).argsort()
+    tenths.plot([by_example[tenth].mean() for tenth in np.array_split(order, 10)], "o-")
+    tenths.set(title="density of the easiest tenth of examples to the hardest", xlabel="tenth")
+    layers.figure.savefig(picture, dpi=120)
     print("density by layer:", *(f"{share:.3f}" for share in density["layers"]))
-    print("of {neurons} neurons {never} never fire, {always} always".format(**density))
-    print(f"oracle bound: {density['oracle_bound']:.3f} of the MACs")
-    print(f"wrote {log} and {picture}")
+    print("{never} of {neurons} neurons never fire, {always} always".format(**density))
+    print(f"oracle bound: {density['oracle_bound']:.3f} of the MACs; wrote {log} and {picture}")
 
 
 # Below: identical in all five scripts; read it once.
@@ -216,11 +212,13 @@ class StaticNet(nn.Module):
 
 
 # === shared: options and data ===
-BUDGETS = (0.35, 0.5, 0.6, 0.7, 0.85)    # shares of the static network's MACs
-SHAPE = ("width", "depth", "batch", "epochs", "dropout", "tokens", "classes")
-SIZES = {"tiny": ((32, 3, 64, 3, 0.0, 64, 10), (32, 2, 64, 1, 0.0, 64, 128)),    # images, text
-         "small": ((48, 8, 128, 16, 0.0, 64, 10), (72, 6, 32, 10, 0.1, 128, 128)),
-         "base": ((128, 10, 256, 60, 0.1, 64, 10), (384, 9, 64, 20, 0.2, 256, 128))}
+SIZES = {   # of images, and of text
+    "tiny": (dict(width=32, depth=4, batch=64, epochs=2.5, dropout=0.0, tokens=64, classes=10),
+             dict(width=32, depth=2, batch=64, epochs=1, dropout=0.0, tokens=64, classes=128)),
+    "small": (dict(width=48, depth=8, batch=128, epochs=16, dropout=0.0, tokens=64, classes=10),
+              dict(width=72, depth=6, batch=32, epochs=10, dropout=0.1, tokens=128, classes=128)),
+    "base": (dict(width=128, depth=10, batch=256, epochs=60, dropout=0.1, tokens=64, classes=10),
+             dict(width=128, depth=9, batch=32, epochs=12, dropout=0.3, tokens=256, classes=128))}
 CIFAR10 = ("cifar-10-binary.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
            "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")
 SHAKESPEARE = ("tinyshakespeare.txt", "https://raw.githubusercontent.com/karpathy/char-rnn/master/"
@@ -251,7 +249,7 @@ def parse(parser, argv):
     add("--load", metavar="FILE", help="evaluate the .pt of an earlier run")
     cfg = parser.parse_args(argv)
     text = cfg.dataset in ("shakespeare", "pydoc")
-    known = load(cfg.load) if cfg.load else dict(zip(SHAPE, SIZES[cfg.size][text]))
+    known = load(cfg.load) if cfg.load else SIZES[cfg.size][text]
     cfg = parser.parse_args(argv, argparse.Namespace(**known))
     cfg.text = cfg.dataset in ("shakespeare", "pydoc")
     for key, least in dict(width=1, depth=1, epochs=1e-3, lr=1e-6, seed=0).items():
@@ -344,12 +342,12 @@ def train(model, data, cfg):
     """Muon for the matrices of blocks, AdamW for all else -> seconds."""
     matrices = [p for p in model.net.blocks.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
-    decay = 0.1 if cfg.text else 0.0    # a short text, read many times
-    muon = torch.optim.Muon(matrices, cfg.lr, weight_decay=decay, adjust_lr_fn="original")
+    muon = torch.optim.Muon(matrices, cfg.lr, weight_decay=0.1 * cfg.text, adjust_lr_fn="original")
     adamw = torch.optim.AdamW(others, cfg.lr / 5, betas=(0.9, 0.99), weight_decay=0.0)
     examples = len(data["train"][0]) / (cfg.tokens if cfg.text else 1)    # windows overlap
     steps = math.ceil(cfg.epochs * examples / cfg.batch)
     bar = tqdm(zip(range(steps), training_batches(data, cfg)), cfg.name, steps)
+    model.train()
     for step, (x, y) in bar:
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
             loss, shown = model.loss(x, y, step / steps)
@@ -384,40 +382,6 @@ def evaluate(model, run, split, threshold):
                 token_macs=token_macs, threshold=threshold, means=means)
 
 
-def calibrate(model, split, budget):
-    """The threshold at which `masked` spends a budget, or the first above, by bisection."""
-    few = [part[:2000] for part in split]    # enough for a mean
-    low, high = np.arcsinh([model.cheapest, model.full])    # the ends may be far
-    for _ in range(15):
-        middle = (low + high) / 2
-        spent = evaluate(model, model.masked, few, math.sinh(middle))["means"]["budget"]
-        if abs(spent - budget) < 0.003:
-            return math.sinh(middle)
-        if spent < budget:
-            low = middle
-        else:
-            high = middle
-    return math.sinh(high)
-
-
-def sweep_budgets(model, data):
-    """Results at BUDGETS in reach and in full, and means of the random control."""
-    def control(x, threshold):    # decisions of another example
-        _, decisions = model.dense(x, threshold)
-        return model.masked(x, decisions=[each.flip(0) for each in decisions])
-
-    few = [part[:1000] for part in data["calibration"]]
-    least, most = (evaluate(model, model.masked, few, end)["means"]["budget"]
-                   for end in (model.cheapest, model.full))
-    thresholds = [calibrate(model, data["calibration"], budget)
-                  for budget in BUDGETS if least < budget < most]
-    sweep, random = [], []
-    for threshold in tqdm([*thresholds, model.full], "sweep"):
-        sweep.append(evaluate(model, model.skipping, data["test"], threshold))
-        random.append(evaluate(model, control, data["test"], threshold)["means"])
-    return sweep, random
-
-
 @torch.no_grad()
 def wall_clock(cfg, model, x, threshold):
     """Median milliseconds of the static network and of `skipping`."""
@@ -442,7 +406,7 @@ def load(path, model=None):    # -> options of a run, whose weights go into the 
         run = torch.load(path, map_location="cpu", weights_only=True)
         if model:
             model.eval().load_state_dict(run["state_dict"])
-        return {"seconds": 0.0} | run["options"]
+        return run["options"]
     except Exception as error:    # the file can be anything
         raise OSError(f"--load {path}: {' '.join(str(error).split())[:200]}")
 

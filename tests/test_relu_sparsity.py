@@ -54,7 +54,7 @@ def test_density_is_what_a_loop_counts():
     with torch.no_grad():
         model.net(x)
     fired = np.stack(captured[:2])                                          # (L, 5, T, H)
-    by_example, by_neuron = script.measure_density(model, (x, None))
+    by_example, by_neuron = script.measure_density(model, x)
     assert np.allclose(by_example, fired.mean((2, 3)).T, atol=1e-6)
     assert np.allclose(by_neuron, fired.mean((1, 2)), atol=1e-6)
 
@@ -66,7 +66,7 @@ def test_neurons_that_always_or_never_fire_are_exactly_1_or_0():
         model.net.blocks[0].mlp[0].bias[:5] = 100.0
         model.net.blocks[1].mlp[0].bias[:7] = -100.0
     x = torch.randint(256, (3000, 3, 32, 32), dtype=torch.uint8)
-    by_neuron = script.measure_density(model, (x, None))[1]
+    by_neuron = script.measure_density(model, x)[1]
     assert (by_neuron[0] == 1).sum() == 5 and (by_neuron[1] == 0).sum() >= 7
 
 
@@ -75,5 +75,5 @@ def test_the_penalty_makes_activations_sparser():
     densities = []
     for weight in ("0", "1"):
         model, _, few = trained(script, 60, "--sparsity-weight", weight)
-        densities.append(script.measure_density(model, few)[0].mean())
+        densities.append(script.measure_density(model, few[0])[0].mean())
     assert densities[1] < 0.7 * densities[0]
