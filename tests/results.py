@@ -18,7 +18,8 @@ from compare_rankings import (   # noqa: E402
     paying_table, rank, spread, study)
 
 KEPT = ROOT / ".github/results"
-MARKS = "<!-- results -->\n", "<!-- end -->\n"      # around what --write puts into the README
+IDEAS = dict(early_exit="leave when sure", gumbel_gates="learned gates skip tokens",
+             moe="a router sends tokens to experts", token_boost="every token chooses learners")
 DATA = dict(cifar10="JPEG copy of CIFAR-10", shakespeare="TinyShakespeare")
 
 
@@ -69,46 +70,50 @@ def rankings(logs, resamples=300):
 
 
 def half_table():
-    """What the README shows first: quality at half of the MACs."""
-    rows = {name: [f"`{name}.py`"] for name in METHODS if name != STATIC}
-    static, full = ["static networks of half the MACs"], ["the static network, all MACs"]
+    """What the README shows first: quality and time at half of the MACs."""
+    rows = {name: [f"`{name}.py`", idea] for name, idea in IDEAS.items()}
+    static, full = ["static networks of half the MACs", ""], ["the static network, all MACs", ""]
     for folder in DATA:
         logs = gather([KEPT / f"{folder}-small"])
         format = "{:.3f} nats".format if logs[0].text else "{:.2%}".format
         methods = by_method(logs)
         for name, row in rows.items():
-            points = [log.point(0.5) for log in methods[name]]
-            quality, random = (np.mean([values[k] for values, k in zip(each, points)]) for each in (
-                [log.quality for log in methods[name]], [log.random for log in methods[name]]))
-            row += [format(quality), format(random)]
-        static += [format(frontier(logs, 0.5 * methods[STATIC][0].static_macs)), ""]
-        full += [format(np.mean([log.quality[-1] for log in methods[STATIC]])), ""]
-    return markdown(["half of the MACs", "CIFAR-10", "its decisions at random", "TinyShakespeare",
-                     "at random"], [*rows.values(), static, full])
+            runs = [(log, log.point(0.5)) for log in methods[name]]
+            row += [format(np.mean([log.quality[k] for log, k in runs])),
+                    format(np.mean([log.random[k] for log, k in runs])),
+                    f"{np.mean([log.time[1] for log, _ in runs]):.2f}"]
+        static += [format(frontier(logs, 0.5 * methods[STATIC][0].static_macs)), "", ""]
+        full += [format(np.mean([log.quality[-1] for log in methods[STATIC]])), "", "1"]
+    return markdown(["script", "idea", "CIFAR-10", "at random", "time", "TinyShakespeare", "at random",
+                     "time"], [*rows.values(), static, full])
 
 
-def first_screen():
-    """The README's own numbers, lines between its marks."""
-    said = []
-    for folder, data in DATA.items():
-        ranked, found = rankings(gather([KEPT / f"{folder}-small"]), 1)
-        names = list(by_method(ranked))
-        rho = found["disattenuated"]
-        rows = [[a, *(number(rho[i, j]) if j < i else "" for j in range(len(names) - 1))]
-                for i, a in enumerate(names) if i]
-        said += [f"{data}:", "", *markdown(["", *names[:-1]], rows)]
-    return [*half_table(), *said]
+def agreement_table():
+    """How alike methods rank the examples: images below the diagonal, the text above it."""
+    images, text = (rankings(gather([KEPT / f"{folder}-small"]), 1) for folder in DATA)
+    names = list(by_method(images[0]))
+    rho = np.tril(images[1]["disattenuated"], -1) + np.triu(text[1]["disattenuated"], 1)
+    rows = [[a, *(number(rho[i, j]) if j != i else "" for j in range(len(names)))]
+            for i, a in enumerate(names)]
+    return markdown(["", *names], rows)
+
+
+def fill(readme):
+    """The README's text with its tables of numbers, which stand between marks."""
+    for mark, lines in (("half", half_table()), ("agreement", agreement_table())):
+        before, rest = readme.split(f"<!-- {mark} -->\n")
+        readme = f"{before}<!-- {mark} -->\n" + "\n".join(lines) + "<!-- end -->\n" + rest.split("<!-- end -->\n", 1)[1]
+    return readme
 
 
 def tables():
     """The whole of RESULTS.md."""
     lines = ["# Results", "", "Made by `python3 tests/results.py --write` from the logs in this folder. "
              "Mean (lowest to highest seed). Quality is the test split's; MACs, bound and time are shares "
-             "of those of the same network, run in full. The static networks of `small` were trained on a CPU, "
-             "and minutes are those of a run on one thread, beside another run on the second core. All others, and "
-             "`early_exit` on images, were trained on one NVIDIA H200: `small` in float32, with the same steps in "
-             "fewer launches (Muon's matrices of one shape in one batch, experts side by side), `base` in bfloat16. "
-             "Exits on TinyShakespeare were trained on a CPU.", ""]
+             "of those of the same network, run in full. The static networks of `small` and exits on TinyShakespeare "
+             "were trained on a CPU; their minutes are those of one thread, beside another run. All others were "
+             "trained on one NVIDIA H200, up to twenty at once: `small` in float32, `base` in bfloat16, with the same "
+             "steps in fewer launches (Muon's matrices of one shape in one batch, experts side by side).", ""]
     for folder in sorted({path.parent for path in KEPT.glob("*/*.npz")}):
         logs = gather([folder])
         metas = [log.meta for log in logs]
@@ -141,10 +146,7 @@ if __name__ == "__main__":
     if args.write:
         (KEPT / "RESULTS.md").write_text(tables(), encoding="utf-8")
         readme = ROOT / "README.md"
-        before, rest = readme.read_text(encoding="utf-8").split(MARKS[0])
-        after = rest.split(MARKS[1], 1)[1]
-        shown = "\n".join(first_screen())
-        readme.write_text(before + MARKS[0] + shown + MARKS[1] + after, encoding="utf-8")
+        readme.write_text(fill(readme.read_text(encoding="utf-8")), encoding="utf-8")
         logs = [log for log in gather([KEPT / "cifar10-small"]) if log.kind != "method" or log.name in METHODS]
         draw_quality(logs).savefig(KEPT / "quality.png", dpi=90)
     else:
