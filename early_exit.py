@@ -35,7 +35,6 @@ from torch import nn
 from tqdm import tqdm
 
 SCRIPT = "early_exit"
-EARLY = (0.3, 0.1)      # weight of an early head's loss, images and text; the last one's is 1
 
 
 def options(argv=None):
@@ -49,10 +48,10 @@ def options(argv=None):
     add("--criterion", choices=["confidence", "margin", "entropy", "gain"],
         help="best class, lead over the second, 1 - entropy, a gate (default: margin; text: gain)")
     add("--risk", type=float, default=0.0,
-        help="instead of the budget, a guarantee: the share of right answers that may turn wrong")
+        help="instead of the budget, a guarantee: the share of answers that turn wrong")
     cfg = parse(parser, argv)
     cfg.regime = cfg.regime or ("joint" if cfg.text else "mixed")
-    cfg.criterion = cfg.criterion or ("gain" if cfg.text else "margin")
+    cfg.criterion = cfg.criterion or ("gain" if cfg.text or cfg.loss != "sum" else "margin")
     if not (0 < cfg.budget <= 1 and 0 <= cfg.risk < 1 and cfg.depth > 1):
         parser.error("--budget and --risk must be between 0 and 1, --depth at least 2")
     return cfg
@@ -106,6 +105,7 @@ class Model(nn.Module):
         super().__init__()
         self.net, self.text, self.budget = StaticNet(cfg), cfg.text, cfg.budget
         self.regime, self.criterion = cfg.regime, cfg.criterion
+        self.early = 0.1 if cfg.text else 0.3       # weight of an early loss; the last one's is 1
         self.branching = cfg.loss == "branching"
         early, sizes = range(cfg.depth - 1), [cfg.classes] if cfg.text else [64, cfg.classes]
         self.heads = nn.ModuleList(Readout(cfg.width, sizes, not cfg.text) for _ in early)
@@ -121,8 +121,8 @@ class Model(nn.Module):
         return certainty(logits.detach(), self.criterion)
 
     def all_exits(self, x, threshold=None, decisions=None, apart=False):
-        """Everything is computed; what left keeps its state -> logits (L, ..., K), certainty of
-        L - 1, decisions (L, ...), 1 where a block runs. apart: early heads do not teach blocks."""
+        """Everything is computed; what left keeps its state -> logits (L, ..., K), certainties
+        (L - 1, ...), 1 where a block runs (L, ...). apart: early heads do not train the blocks."""
         x, logits, certainties, runs = self.net.embed(x), [], [], []
         active = x.new_ones(x.shape[:2] if self.text else x.shape[:1])
         for layer, block in enumerate(self.net.blocks):
@@ -153,8 +153,8 @@ class Model(nn.Module):
         each = torch.stack([F.cross_entropy(z.movedim(-1, 1), y, reduction="none") for z in logits])
         losses = each.flatten(1).mean(1)                                        # (L,)
         if not self.branching:
-            weight = EARLY[self.text]
-            loss = (losses[-1] + weight * losses[:-1].sum()) / (1 + weight * (len(losses) - 1))
+            weights = self.early * len(losses[:-1]) + 1
+            loss = (self.early * losses[:-1].sum() + losses[-1]) / weights
             if self.gates:
                 gain = (each[:-1] - each[-1]).detach()      # what the rest of the network saves
                 loss = loss + 0.1 * (sure.logit(1e-6) + gain).square().mean()
@@ -185,10 +185,11 @@ class Model(nn.Module):
             logits = None if self.gates else self.heads[layer](here)
             leaves = self.sure(layer, here, logits) >= threshold                # (n,)
             leaving = torch.zeros_like(active).masked_scatter(active, leaves)
-            answer[leaving] = self.heads[layer](here[leaves]) if self.gates else logits[leaves]
+            logits = self.heads[layer](here[leaves]) if self.gates else logits[leaves]
+            answer[leaving] = logits.to(answer)
             active = active & ~leaving
             x = x if self.text else x[~leaves]
-        answer[active] = self.net.head(here)
+        answer[active] = self.net.head(here).to(answer)
         return answer, *self.count_macs(decisions)
 
     def count_macs(self, decisions):
@@ -207,7 +208,7 @@ class Model(nn.Module):
 
 def certify(lost, risk, error=0.05):
     """Learn then Test: losses in [0, 1], from the safest threshold to the boldest, S times (N,) ->
-    how many pass before one whose true mean, by Hoeffding, exceeds `risk` with chance `error`."""
+    how many pass, by Hoeffding's bound at level `error`, before the first that does not."""
     safe = (each.mean() + math.sqrt(-math.log(error) / 2 / len(each)) <= risk for each in lost)
     return sum(itertools.takewhile(bool, safe))
 
@@ -230,9 +231,8 @@ def main(cfg):
     data, model = load_data(cfg), Model(cfg).to(cfg.device)
     cfg.seconds = load(cfg.load, model)["seconds"] if cfg.load else train(model, data, cfg)
 
-    threshold = calibrate(model, data["calibration"], cfg.budget)
-    if cfg.risk:
-        threshold = certified_threshold(model, data["calibration"], cfg.risk)
+    search, aim = (certified_threshold, cfg.risk) if cfg.risk else (calibrate, cfg.budget)
+    threshold = search(model, data["calibration"], aim)
     result = evaluate(model, model.skipping, data["test"], threshold)
     sweep, random = sweep_budgets(model, data)
     save(log, cfg, data, model, result, sweep, random=random)
@@ -245,7 +245,7 @@ def main(cfg):
     axis.set(title="share that leaves, by MACs", xlabel="exit", xticks=range(cfg.depth))
     axis.legend([f"{run['macs'].mean() / model.net.macs:.2f}" for run in sweep])
     axis.figure.savefig(picture, dpi=120)
-    print(f"wrote {log} and {picture}", sep="\n")
+    print(f"wrote {log} and {picture}")
 
 
 # Below: identical in the four scripts that have a budget.
@@ -255,7 +255,7 @@ BUDGETS = (0.35, 0.5, 0.6, 0.7, 0.85)    # shares of the static network's MACs
 
 
 def calibrate(model, split, budget):
-    """The threshold at which `masked` spends a budget, or the first above, by bisection."""
+    """The threshold at which `masked` spends a budget, or next above it, by bisection."""
     few = [part[:2000] for part in split]    # enough for a mean
     low, high = np.arcsinh([model.cheapest, model.full])    # the ends may be far
     for _ in range(15):

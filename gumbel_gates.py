@@ -45,7 +45,7 @@ def options(argv=None):
     add = parser.add_argument
     add("--budget", type=float, default=0.5, help="mean MACs, as a share of the static network's")
     add("--grain", choices=["layer", "token", "group"], default="token",
-        help="what a gate switches: a block, the MLP of a token, or a quarter of its neurons")
+        help="what a gate switches: an image's block, a token's MLP, a quarter of its neurons")
     add("--estimator", choices=ESTIMATORS, default="gumbel",
         help="how gates learn: by the trick, by a sigmoid's gradient, or by trial and reward")
     cfg = parse(parser, argv)
@@ -64,7 +64,7 @@ def gumbel_softmax(scores, temperature):
     noise = -torch.empty_like(scores).exponential_().log()      # Gumbel = -log(Exponential)
     soft = ((scores + noise) / temperature).softmax(-1)
     hard = F.one_hot(soft.argmax(-1), scores.shape[-1]).to(soft.dtype)
-    return hard + (soft - soft.detach())                        # straight through: 0 is added
+    return hard + (soft - soft.detach())            # straight through: hard, with soft's gradient
 
 
 def sample_gates(z, estimator):
@@ -95,7 +95,7 @@ class Gate(nn.Module):
 
 class Model(nn.Module):
     """The static network with gates before all blocks but the first, open above the threshold."""
-    cheapest, full = 1e9, -1e9          # far outside the scores: the first block runs; all do
+    cheapest, full = 1e9, -1e9          # thresholds at which only the first block runs; all do
 
     def __init__(self, cfg):
         super().__init__()
@@ -115,7 +115,7 @@ class Model(nn.Module):
 
     def all_gates(self, x, threshold=None, decisions=None, opened=0):
         """Everything is computed, and multiplied by its gate -> logits, gates (L, B, R, U), scores
-        alike. Without a threshold gates are sampled, but those of the first inputs are opened."""
+        alike. Without a threshold gates are sampled, but all of the first `opened` inputs open."""
         x, layers = self.net.blocks[0](self.net.embed(x)), []
         for layer, (block, gate) in enumerate(zip(self.net.blocks[1:], self.gates)):
             z = self.score(block, gate, x)
@@ -255,7 +255,7 @@ BUDGETS = (0.35, 0.5, 0.6, 0.7, 0.85)    # shares of the static network's MACs
 
 
 def calibrate(model, split, budget):
-    """The threshold at which `masked` spends a budget, or the first above, by bisection."""
+    """The threshold at which `masked` spends a budget, or next above it, by bisection."""
     few = [part[:2000] for part in split]    # enough for a mean
     low, high = np.arcsinh([model.cheapest, model.full])    # the ends may be far
     for _ in range(15):

@@ -4,11 +4,11 @@ The MLP of a block becomes a small shared expert, which always runs, E larger on
 
     y = shared(x) + sum over the chosen e of w_e * expert_e(x)
 
-Expert e runs if need_e < threshold, one number for all layers and tokens, and w_e > 0. `--routing`:
+Expert e runs if w_e > 0 and the threshold, one for all layers and tokens, exceeds need_e:
 
-    top_p   w = softmax(router(x)), need = the weights of all experts ahead of e
-    top_k   the same w, need = the rank of e / E: as many experts for every token
-    relu    w = relu(router(x)), need = -router(x); a penalty on w, by load, meets the budget
+    top_p   w = softmax(router(x)), need_e = the sum of the weights that are larger than w_e
+    top_k   the same w, need_e = the rank of e / E: the same count for every token
+    relu    w = relu(router(x)), need_e = -router(x)_e; a penalty on w, by load, meets the budget
 
 The weights are not divided by their sum, or at k = 1 the task could not train the router. Left
 alone (`--balance 0`) routers collapse; the balance loss E * sum_e f_e P_e (f: share of all work, P:
@@ -45,7 +45,7 @@ def options(argv=None):
     add("--routing", choices=["top_p", "top_k", "relu"], default="relu", help="which experts run")
     add("--experts", type=int, default=8, help="that a router chooses from, in each layer")
     add("--hidden", type=int, help="neurons of an expert (default: the width)")
-    add("--balance", type=float, default=0.01, help="weight of the balance loss; relu: 0 or not")
+    add("--balance", type=float, default=0.01, help="weight of the balance loss (relu: on or off)")
     cfg = parse(parser, argv)
     cfg.hidden = cfg.width if cfg.hidden is None else cfg.hidden
     if not (0 < cfg.budget <= 1 and 0 < cfg.experts and 0 < cfg.hidden and 0 <= cfg.balance < 1e6):
@@ -78,7 +78,7 @@ def threshold_for(needed, k):
 
 def balance_loss(p, chosen):
     """E * sum_e f_e P_e of Switch: p, chosen (..., N, E) -> (...), over the N tokens. f, the share
-    of e in all that was chosen, has no gradient; P is the mean of p. Where f is even: 1."""
+    of e in all that was chosen, has no gradient; P is the mean of p, a softmax: 1 if f is even."""
     f = chosen.detach().float().mean(-2)
     return p.shape[-1] * (f / f.sum(-1, keepdim=True).clamp_min(1e-9) * p.mean(-2)).sum(-1)
 
@@ -107,12 +107,12 @@ class Experts(nn.Module):
             for _ in range(experts))
 
     def forward(self, x, weight):
-        """x (..., C), weight (..., E) -> the weighted sum of all experts' outputs (..., C)."""
+        """x (..., C), weight (..., E) -> shared(x) + the weighted sum of all experts (..., C)."""
         return self.shared(x) + sum(weight[..., e, None].to(x.dtype) * expert(x)
                                     for e, expert in enumerate(self.experts))
 
     def dispatch(self, x, weight):
-        """The same, but an expert is given the tokens whose weight for it is not 0, no others."""
+        """The same, but each expert sees only the tokens whose weight for it is not 0."""
         tokens, weight = x.flatten(0, -2), weight.flatten(0, -2)
         expert, token = weight.t().nonzero(as_tuple=True)                       # sorted by expert
         counts = expert.bincount(minlength=len(self.experts)).tolist()
@@ -145,8 +145,8 @@ class Model(nn.Module):
         self.register_buffer("penalty", torch.tensor(1e-3))             # on weights, for relu
 
     def all_experts(self, x, threshold=None, decisions=None, dispatch=False):
-        """Everything is computed, or by dispatch only what is chosen -> logits, and of all layers
-        chosen, scores and need (L, B, T, E). threshold None: that of training."""
+        """Runs all experts, or with dispatch only the chosen -> logits, and for all layers chosen,
+        scores and need (L, B, T, E). threshold None: that of training."""
         x, layers = self.net.embed(x), []
         threshold = self.threshold if threshold is None else threshold
         for layer, (block, router) in enumerate(zip(self.net.blocks, self.routers)):
@@ -154,7 +154,7 @@ class Model(nn.Module):
             scores = router(h)
             weight, needed = weigh(scores, self.routing)
             chosen = (needed < threshold) & (weight > 0)
-            if decisions is not None:           # as many experts, those that the router prefers
+            if decisions is not None:           # as many experts; which, the router still says
                 count = decisions[layer].sum(-1, keepdim=True)
                 chosen = needed.argsort(dim=-1, stable=True).argsort(-1) < count
             chosen = chosen.to(weight.dtype)
@@ -175,7 +175,7 @@ class Model(nn.Module):
         if self.routing == "relu":
             if self.training:
                 self.penalty.mul_(torch.where(run > self.k, 1.05, 1 / 1.05)).clamp_(1e-9, 1e3)
-            counted = chosen if self.balance else torch.ones_like(chosen)   # or all alike
+            counted = chosen if self.balance else torch.ones_like(chosen)   # then a plain L1
             used = balance_loss(scores.relu().flatten(1, 2), counted.flatten(1, 2)).mean()
             return loss + self.penalty * used, shown
         if self.training:
@@ -203,20 +203,13 @@ class Model(nn.Module):
         return self.net.example_macs + token_macs.sum(1), token_macs
 
 
-@torch.no_grad()
-def expert_use(model, split, threshold, kind):
-    """How often tokens of each kind run each expert: kind (N T,) -> (kinds, L, E), in order."""
-    chosen = [model.dense(x, threshold)[1] for x in split[0].split(250)]
-    chosen = torch.cat(chosen, 1).flatten(1, 2).cpu().numpy()                   # (L, N T, E)
-    return np.stack([chosen[:, kind == each].mean(1) for each in np.unique(kind)])
-
-
-def specialisation(use, counts):
-    """use (kinds, L, E), counts (kinds,) -> mutual information of expert and kind, bits (L,)."""
-    both = use * counts[:, None, None]
+def specialisation(chosen, kind):
+    """chosen (L, N T, E), kind (N T,) -> mutual information of expert and kind, bits (L,)."""
+    both = np.stack([chosen[:, kind == each].sum(1) for each in np.unique(kind)])   # (kinds, L, E)
     both = both / np.maximum(both.sum((0, 2), keepdims=True), 1e-9)
     apart = both.sum(0, keepdims=True) * both.sum(2, keepdims=True)
-    return (both * np.log2(np.where(both > 0, both / np.maximum(apart, 1e-30), 1))).sum((0, 2))
+    ratio = np.where(both > 0, both / np.maximum(apart, 1e-30), 1)
+    return (both * np.log2(ratio)).sum((0, 2)).round(3)
 
 
 def main(cfg):
@@ -227,25 +220,26 @@ def main(cfg):
     cfg.seconds = load(cfg.load, model)["seconds"] if cfg.load else train(model, data, cfg)
 
     threshold = calibrate(model, data["calibration"], cfg.budget)
+    if cfg.routing == "top_k":      # a whole number of experts: that of training
+        threshold = model.threshold.item()
     result = evaluate(model, model.skipping, data["test"], threshold)
     sweep, random = sweep_budgets(model, data)
     save(log, cfg, data, model, result, sweep, random=random)
 
-    x, y = (part.cpu().numpy() for part in data["test"])
-    kind = x.flatten() if cfg.text else y.repeat(cfg.tokens)        # a character read, or a class
-    use = expert_use(model, data["test"], threshold, kind)
-    shuffled = np.random.default_rng(0).permutation(kind if cfg.text else y)
-    chance = expert_use(model, data["test"], threshold, shuffled.repeat(len(kind) // len(shuffled)))
-    counts = np.unique(kind, return_counts=True)[1]
-    work = np.einsum("kle,k->le", use, counts / counts.sum())
+    x, y = data["test"]
+    with torch.no_grad():
+        chosen = [model.dense(some, threshold)[1].bool().cpu() for some in x.split(250)]
+    chosen = torch.cat(chosen, 1).flatten(1, 2).numpy()             # (L, N T, E)
+    kind = (x.flatten() if cfg.text else y).cpu().numpy()           # characters read, or classes
+    shuffled, tokens = np.random.default_rng(0).permutation(kind), chosen.shape[1] // len(kind)
+    bits, by_chance = (specialisation(chosen, each.repeat(tokens)) for each in (kind, shuffled))
+    work = chosen.mean(1)
     axis = Figure(figsize=(8, 5), layout="constrained").subplots()
     axis.figure.colorbar(axis.imshow(work, aspect="auto", vmin=0))
     axis.set(title="share of tokens", xlabel="expert", ylabel="layer", yticks=range(cfg.depth))
     axis.figure.savefig(picture, dpi=120)
-    bits, by_chance = (specialisation(each, counts).round(3) for each in (use, chance))
-    print(f"dead experts: {(work == 0).sum()} of {work.size}",
-          f"bits that an expert tells about the class or character: {bits}; shuffled: {by_chance}",
-          f"wrote {log} and {picture}", sep="\n")
+    print(f"bits that an expert tells about the class or character: {bits}; shuffled: {by_chance}")
+    print(f"dead experts: {(work == 0).sum()} of {work.size}; wrote {log} and {picture}")
 
 
 # Below: identical in the four scripts that have a budget.
@@ -255,7 +249,7 @@ BUDGETS = (0.35, 0.5, 0.6, 0.7, 0.85)    # shares of the static network's MACs
 
 
 def calibrate(model, split, budget):
-    """The threshold at which `masked` spends a budget, or the first above, by bisection."""
+    """The threshold at which `masked` spends a budget, or next above it, by bisection."""
     few = [part[:2000] for part in split]    # enough for a mean
     low, high = np.arcsinh([model.cheapest, model.full])    # the ends may be far
     for _ in range(15):

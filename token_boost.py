@@ -7,13 +7,13 @@ layer of an MLP into N slices of H / N neurons: each is a learner, and with the 
 
 y_0 is the output bias alone, y_N the whole MLP. A small gate reads a token and gives each learner a
 score; a learner runs if its score, and those of all before it, are above a price. One price holds
-for all layers and tokens: whoever gains most from the next learner gets it.
+for all layers and tokens: those with the highest scores get more.
 
 The static network trains alone first; then its neurons are sorted, the most useful first, and gates
 join. Each batch has a budget, drawn around `--budget`, and the price that meets it, a quantile of
-the scores seen last. Scores carry noise, and learn by the straight-through gradient of a sigmoid.
-An eighth of a batch runs all learners, an eighth as many for all tokens of an example, drawn at
-random: so every prefix is a working MLP. No loss term asks for a budget, or that inputs differ.
+the last batch's scores. Scores carry noise, and learn by the straight-through gradient of a
+sigmoid. An eighth of a batch runs all learners; another, per example, a random count for all its
+tokens: so every prefix is a working MLP. No loss term asks for a budget, or that inputs differ.
 
     python token_boost.py --dataset shakespeare              # default: cifar10
 
@@ -69,7 +69,7 @@ class Gate(nn.Module):
     def forward(self, x, noise=False):
         z = self.out(self.hidden(x).relu()).float()
         if noise:
-            z = z + torch.rand_like(z).logit(1e-6)      # logistic: z > price by sigmoid(z - price)
+            z = z + torch.rand_like(z).logit(1e-6)      # > price with chance sigmoid(z - price)
         return z.cummin(-1).values
 
 
@@ -100,8 +100,8 @@ class BoostedMLP(nn.Module):
 
     @torch.no_grad()
     def sort(self, x):
-        """Put first the neurons with the largest mean activation, over x (..., C), times norm of
-        their column of W2. The MLP remains the same function."""
+        """Put first the neurons with the largest mean activation, over x (..., C), times the norm
+        of their column of W2. The MLP remains the same function."""
         use = self.up(x).relu().flatten(0, -2).mean(0) * self.down.weight.norm(dim=0)
         order = use.argsort(descending=True)
         for parameter in (self.up.weight, self.up.bias):
@@ -123,7 +123,7 @@ class Model(nn.Module):
         self.gates = nn.ModuleList(Gate(C, cfg.learners) for _ in range(cfg.depth))
         self.learner_macs = 8 * C * C // cfg.learners                           # of one token
         self.fixed_macs = self.net.token_macs + cfg.depth * (self.gates[0].macs - 8 * C * C)
-        self.price = torch.tensor(0.0)
+        self.register_buffer("price", torch.tensor(0.0))
 
     def dense(self, x, threshold=None, decisions=None):
         """All learners are computed -> logits, and which of them run (L, B, T, N). Without a
@@ -152,9 +152,9 @@ class Model(nn.Module):
         """Noisy scores (B, T, N), count (n, 1, 1) -> learners that run in training, (B, T, N): all
         in the first n examples, `count` for every token in the next n."""
         soft = (z - self.price).sigmoid()
-        runs = (soft > 0.5).to(soft.dtype) + soft - soft.detach()               # straight through
-        even = (torch.arange(self.learners, device=z.device) < count).expand(-1, *z.shape[1:])
-        return torch.cat([torch.ones_like(even), even, runs[2 * len(count):]])
+        runs = (soft > 0.5).to(soft.dtype) + (soft - soft.detach())             # straight through
+        same = (torch.arange(self.learners, device=z.device) < count).expand(-1, *z.shape[1:])
+        return torch.cat([torch.ones_like(same), same, runs[2 * len(count):]])
 
     def loss(self, x, y, progress):
         """What training minimises, and numbers for the progress bar."""
@@ -175,7 +175,7 @@ class Model(nn.Module):
         least = self.net.example_macs + tokens * self.fixed_macs
         most = least + tokens * len(self.gates) * self.learners * self.learner_macs
         share = (budget * self.net.macs - least) / (most - least)               # of learners
-        self.price = scores.flatten()[::7].quantile(1 - min(max(share, 0), 1))
+        self.price = scores[:, ::7].quantile(1 - min(max(share, 0), 1))
 
     @torch.no_grad()
     def sort(self, x):
@@ -250,7 +250,7 @@ BUDGETS = (0.35, 0.5, 0.6, 0.7, 0.85)    # shares of the static network's MACs
 
 
 def calibrate(model, split, budget):
-    """The threshold at which `masked` spends a budget, or the first above, by bisection."""
+    """The threshold at which `masked` spends a budget, or next above it, by bisection."""
     few = [part[:2000] for part in split]    # enough for a mean
     low, high = np.arcsinh([model.cheapest, model.full])    # the ends may be far
     for _ in range(15):

@@ -66,7 +66,7 @@ def test_gates_learn_what_the_rest_would_save(dataset):
     each = [torch.nn.functional.cross_entropy(z.movedim(-1, 1), y, reduction="none")
             for z in model.all_exits(x)[0]]
     state = model.net.blocks[0](model.net.embed(x))
-    saving, weight = -model.gates[0](state)[..., 0], script.EARLY[dataset == "pydoc"]
+    saving, weight = -model.gates[0](state)[..., 0], model.early
     plain = (each[1].mean() + weight * each[0].mean()) / (1 + weight)
     expected = plain + 0.1 * (saving - each[0] + each[1]).square().mean()
     loss = model.loss(x, y, 0.5)[0]
@@ -178,7 +178,7 @@ def test_who_trains_the_blocks(regime, progress, teach, kind):
     if "branching" not in kind:                 # which weighs the last head's answers with early gates
         model.zero_grad()
         torch.nn.functional.cross_entropy(model.net(x), y).backward()
-        alone = model.net.blocks[0].mlp[0].weight.grad / (1 + script.EARLY[0])
+        alone = model.net.blocks[0].mlp[0].weight.grad / (1 + model.early)
         assert torch.allclose(got, alone, atol=1e-6) != teach
 
 

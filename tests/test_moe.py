@@ -251,10 +251,11 @@ def test_the_threshold_of_training(routing):
 
 def test_specialisation_by_hand():
     """Two kinds, 30 and 10 tokens. Layer 1: each has an expert, as many bits as the kinds have. Layer
-    2: both run both alike, 0 bits. An expert that nobody runs changes nothing."""
-    use = np.array([[[1.0, 0, 0], [0.5, 0.5, 0]], [[0, 1, 0], [0.5, 0.5, 0]]])              # (kinds, L, E)
+    2: all run both, 0 bits. An expert that nobody runs changes nothing."""
+    kind = np.repeat([7, 3], [30, 10])
+    chosen = np.array([[kind == 7, kind == 3, kind < 0], [kind > 0, kind > 0, kind < 0]]).transpose(0, 2, 1)
     entropy = -(0.75 * np.log2(0.75) + 0.25 * np.log2(0.25))
-    assert script.specialisation(use, np.array([30, 10])) == pytest.approx([entropy, 0])
+    assert script.specialisation(chosen, kind) == pytest.approx([entropy, 0], abs=1e-3)
 
 
 def test_training_meets_the_budget():
