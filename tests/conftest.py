@@ -18,23 +18,22 @@ for module in scripts.values():
     module.draw_shapes = draw_once
 
 
-@pytest.fixture(params=NAMES)
-def script(request):
-    """Every script in turn."""
-    return scripts[request.param]
+@pytest.fixture(params=("shapes", "pydoc"))
+def dataset(request):
+    """Images and text in turn."""
+    return request.param
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """run(name, *options, cwd=folder) -> exit status, stdout, stderr of the command line, run inside
-    this process, which saves importing torch a hundred times."""
+    """run(name, *options, cwd=folder) -> exit status, stdout, stderr of the command, in this process."""
     def run_command(name, *options, cwd):
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *options])
         status = 0
         try:
             *_, last = ast.parse((ROOT / f"{name}.py").read_text()).body        # if __name__ == ...
-            exec(compile(ast.Module(last.body, []), f"{name}.py", "exec"), vars(scripts[name]))
+            exec(compile(ast.Module(last.body, []), f"{name}.py", "exec"), vars(importlib.import_module(name)))
         except SystemExit as stop:
             status = stop.code
         return status, *capsys.readouterr()
@@ -76,15 +75,12 @@ def steps(count, dataset="pydoc"):
 
 
 def build(script, dataset="shapes", size="tiny", *options, seed=0):
-    """An untrained Model in evaluation mode, whose batch norms have seen data and in which nothing is
-    zero by its initialisation, so that nothing is right by accident."""
+    """An untrained Model to evaluate: batch norms have seen data, and nothing is zero from the start."""
     torch.manual_seed(seed)
     model = script.Model(configure(script, dataset, size, *options))
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-            elif parameter.std() < 0.01:
+            if parameter.ndim == 1 or parameter.std() < 0.01:
                 parameter.add_(0.1 * torch.randn_like(parameter))
         if dataset in ("shapes", "cifar10"):
             model.train()

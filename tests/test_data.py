@@ -22,32 +22,21 @@ def refuses(message, function, *args):
     assert "\n" not in str(stop.value)
 
 
-@pytest.fixture(scope="module")
-def records():
-    """60,000 records in the official layout: every pixel of record i is i % 251, its label i % 10."""
-    rows = np.repeat((np.arange(60000) % 251).astype(np.uint8)[:, None], 3073, 1)
-    rows[:, 0] = np.arange(60000) % 10
-    return rows
-
-
-def write_archive(folder, members, monkeypatch):
-    """An archive of {name: bytes} where the loader looks, its checksum taken for the official one."""
-    path = folder / "cifar-10-binary.tar.gz"
+def test_cifar10_from_the_archive_and_unpacked(tmp_path, monkeypatch):
+    """In the official layout, of any checksum: every pixel of record i is i % 251, its label i % 10."""
+    records = np.repeat((np.arange(60000) % 251).astype(np.uint8)[:, None], 3073, 1)
+    records[:, 0] = np.arange(60000) % 10
+    parts = {n: records[i * 10000:(i + 1) * 10000].tobytes() for i, n in enumerate(MEMBERS)}
+    path = tmp_path / "cifar-10-binary.tar.gz"
     with tarfile.open(path, "w:gz", compresslevel=1) as archive:
-        for name, content in members.items():
+        for name, content in parts.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setattr(script, "CIFAR10", (path.name, "http://nowhere.invalid/x", sha256))
-    return path
-
-
-def test_cifar10_from_the_archive_and_unpacked(tmp_path, records, monkeypatch):
-    parts = {n: records[i * 10000:(i + 1) * 10000].tobytes() for i, n in enumerate(MEMBERS)}
-    path = write_archive(tmp_path, parts, monkeypatch)
-    cfg = configure(script, "cifar10", "tiny", "--data", str(tmp_path))
     whole = path.read_bytes()
+    sha256 = hashlib.sha256(whole).hexdigest()
+    monkeypatch.setattr(script, "CIFAR10", (path.name, "http://nowhere.invalid/x", sha256))
+    cfg = configure(script, "cifar10", "tiny", "--data", str(tmp_path))
     for broken in (whole[:-10], whole[:20] + bytes([whole[20] ^ 1]) + whole[21:]):
         path.write_bytes(broken)
         refuses("is not the published file", script.load_data, cfg)
@@ -77,9 +66,7 @@ def test_a_partial_download_never_passes_for_a_whole_file(tmp_path, monkeypatch)
             return email.message.Message()
 
     def answer(content):
-        def urlopen(request):
-            return Response(content)
-        monkeypatch.setattr(torch.hub, "urlopen", urlopen)
+        monkeypatch.setattr(torch.hub, "urlopen", lambda request: Response(content))
 
     for content in (whole[:1000], whole[:-1] + b"x"):
         answer(content)
@@ -120,24 +107,18 @@ def shapes():
     return script.load_data(configure(script, "shapes"))
 
 
-def test_shapes_are_balanced_and_repeatable(shapes):
+def test_shapes_are_balanced_and_repeatable_and_fade_with_difficulty(shapes):
+    """Neighbouring pixels of an easy image agree (flat colours); those of a hard one are noise."""
     assert [len(shapes[name][0]) for name in ("train", "calibration", "test")] == [10000, 1000, 4000]
     assert shapes["train"][0].dtype == torch.uint8 and shapes["train"][0].shape[1:] == (3, 32, 32)
     counts = torch.bincount(shapes["train"][1].long())
     assert len(counts) == 10 and counts.min() > 900
+    (images, labels, _), again = (script.draw_shapes.__wrapped__(200) for _ in range(2))
+    assert torch.equal(images, again[0]) and torch.equal(labels, again[1])
     difficulty = shapes["difficulty"]
     assert difficulty.shape == (4000,) and 0 <= difficulty.min() < 0.01 and 0.99 < difficulty.max() <= 1
-    images, labels, difficulty = script.draw_shapes.__wrapped__(200)
-    again = script.draw_shapes.__wrapped__(200)
-    assert torch.equal(images, again[0]) and torch.equal(labels, again[1])
-
-
-def test_shapes_fade_with_difficulty(shapes):
-    """Neighbouring pixels of an easy image agree (flat colours); those of a hard one are noise."""
-    x = shapes["test"][0].float() / 255
-    roughness = (x[..., 1:] - x[..., :-1]).abs().mean((1, 2, 3)).numpy()
-    easy, hard = shapes["difficulty"] < 0.2, shapes["difficulty"] > 0.8
-    assert roughness[hard].mean() > 2 * roughness[easy].mean()
+    roughness = shapes["test"][0].float().diff().abs().mean((1, 2, 3)).numpy()
+    assert roughness[difficulty > 0.8].mean() > 2 * roughness[difficulty < 0.2].mean()
 
 
 def test_training_batches_shift_and_flip(shapes):

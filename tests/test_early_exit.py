@@ -9,7 +9,6 @@ import early_exit as script
 from conftest import build, configure, inputs
 from test_contract import executed_macs
 
-DATASETS = ("shapes", "pydoc")
 KINDS = (("--criterion", "margin"), ("--criterion", "gain"), ("--loss", "branching"))
 
 
@@ -40,7 +39,6 @@ def test_exit_weights_follow_the_recursion():
     assert torch.allclose((weight * heads).sum(0), f) and torch.allclose(weight.sum(0), torch.ones(5))
 
 
-@pytest.mark.parametrize("dataset", DATASETS)
 def test_the_branching_loss_by_hand(dataset):
     """One cross-entropy on the mixture of probabilities, the last head's own, and the expected MACs."""
     model, x = build(script, dataset, "tiny", "--loss", "branching", "--budget", "0.6"), inputs(dataset)
@@ -58,7 +56,6 @@ def test_the_branching_loss_by_hand(dataset):
     assert shown["macs"].item() == pytest.approx(macs.item())
 
 
-@pytest.mark.parametrize("dataset", DATASETS)
 def test_gates_learn_what_the_rest_would_save(dataset):
     """Their loss by hand: the squared error of the predicted saving; blocks and heads do not feel it."""
     model, x = build(script, dataset, "tiny", "--criterion", "gain", "--regime", "joint"), inputs(dataset)
@@ -89,8 +86,7 @@ def prices(dataset, kind, width=32):
     ("shapes", 256 * 27 * 16 + 64 * (9 * 16 * 32 + 9 * 32 + 8 * 32 * 32)),
     ("pydoc", 64 * (4 * 8 * 32 + 8 * 32 * 32))))
 def test_the_ends(dataset, body, kind):
-    """Everything leaves at the first head; or nothing early: the static network's answer, at its MACs
-    and those of the early heads, or of the gates alone."""
+    """All leave at the first head; or none early: the static answer, its MACs and early heads or gates."""
     model, x = build(script, dataset, "tiny", "--depth", "4", *kind), inputs(dataset, count=3)
     (head, gate, _), count = prices(dataset, kind), 64 if dataset == "pydoc" else 1
     first = model.heads[0](model.net.blocks[0](model.net.embed(x)))
@@ -120,7 +116,6 @@ def spread_exits(model, x):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=" ".join)
-@pytest.mark.parametrize("dataset", DATASETS)
 def test_leaving_at_every_depth_in_one_batch(dataset, kind):
     """Some leave at each of four exits; each answer is that of the head it left by, at its price."""
     model = build(script, dataset, "tiny", "--depth", "4", *kind).double()
@@ -152,8 +147,7 @@ def test_leaving_at_every_depth_in_one_batch(dataset, kind):
 
 
 def test_a_head_sees_where_things_are():
-    """It averages 2 x 2 neighbours: moving tokens inside a square changes nothing, between squares it
-    changes the answer."""
+    """It averages 2 x 2 neighbours: tokens can change places inside a square, not between squares."""
     head = script.Readout(32, [64, 10], True)
     x = torch.randn(5, 8, 8, 32)
     swapped, moved = x.clone(), x.clone()
@@ -187,19 +181,15 @@ def test_learn_then_test_stops_before_the_first_failure():
     The walk does not resume behind a failure."""
     zero = np.zeros((1, 5000))
     assert script.certify(zero, 0.01731) == 1 and script.certify(zero, 0.01730) == 0
-
-    def with_mean(mean):
-        return (np.arange(5000) < mean * 5000).astype(float)
     # risk 0.05 leaves room for means up to 0.05 - 0.017308 = 0.032692
-    losses = [with_mean(m) for m in (0.0, 0.01, 0.0326, 0.0328, 0.0, 0.0)]
+    losses = [np.arange(5000) < mean * 5000 for mean in (0.0, 0.01, 0.0326, 0.0328, 0.0, 0.0)]
     assert script.certify(losses, 0.05) == 3
     assert script.certify(losses[3:], 0.05) == 0
     assert script.certify(losses[:2], 0.05) == 2
 
 
 def test_the_guarantee_holds_in_simulation():
-    """2,000 calibration sets of 500: true risk rises along the path and crosses 0.1 between two
-    thresholds that lie close; a wrong choice happens at most 5 % of the time, and choices are bold."""
+    """2,000 sets of 500; the true risk rises past 0.1: at most 5 % choose wrong, and choices are bold."""
     rng, true = np.random.default_rng(0), np.linspace(0.0, 0.2, 81)
     chosen = []
     for _ in range(2000):
@@ -214,8 +204,7 @@ def test_the_guarantee_holds_in_simulation():
 
 def test_certified_threshold_on_a_model():
     model = build(script)
-    cfg = configure(script)
-    split = [part[:300] for part in script.load_data(cfg)["calibration"]]
+    split = [part[:300] for part in script.load_data(configure(script))["calibration"]]
     assert script.certified_threshold(model, split, 0.07) == model.full     # 300 certify 0.071 at best
     assert script.certified_threshold(model, split, 0.95) == pytest.approx(model.cheapest)
 

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 import gumbel_gates as script
 from conftest import build, inputs, trained
 
-CASES = [(grain, dataset) for grain in ("layer", "token", "group") for dataset in ("shapes", "pydoc")]
-cases = pytest.mark.parametrize("grain, dataset", CASES)
+grains = pytest.mark.parametrize("grain", ("layer", "token", "group"))
 ESTIMATORS = ("gumbel", "sigmoid_st", "reinforce")
 
 
@@ -61,8 +60,7 @@ def test_the_gradient_is_that_of_the_relaxation():
 
 def test_reinforce_weighs_the_task_as_the_mean_loss_does(monkeypatch):
     """64 copies of an image, eight with open gates: every outcome is run once, and counts as often as
-    it was drawn, against the greedy gates. What runs is multiplied by sigmoid(z), so the task has a
-    gradient of its own, too."""
+    it was drawn, against the greedy gates; the task's own gradient, through sigmoid(z), adds to it."""
     model, y = gated("shapes", "--grain", "layer", "--estimator", "reinforce").double(), torch.full((64,), 3)
     model.budget_weight = 0.0
     for gate in model.gates:
@@ -87,11 +85,10 @@ def test_reinforce_weighs_the_task_as_the_mean_loss_does(monkeypatch):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-6) and b.abs().max() > 0
 
 
-@cases
+@grains
 def test_the_ends(grain, dataset):
-    """All open: every unit times sigmoid of its score, one after the other, and the gates' MACs. All
-    closed: the first block, and output biases. MACs by hand: stem and head, and convolutions unless
-    whole blocks are closed."""
+    """All open: every unit times sigmoid of its score. All closed: the first block, output biases,
+    and convolutions unless whole blocks are closed. Gates always have their MACs."""
     model, x = gated(dataset, "--grain", grain), inputs(dataset, count=3)
     rows, units = 64 if grain == "token" or dataset == "pydoc" else 1, 4 if grain == "group" else 1
     gates = 2 * rows * (32 * 16 + 16 * units)
@@ -120,7 +117,7 @@ def test_the_ends(grain, dataset):
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@cases
+@grains
 def test_the_task_alone_moves_every_gate(grain, dataset, estimator):
     model = gated(dataset, "--grain", grain, "--estimator", estimator)
     x, model.budget_weight = inputs(dataset, count=32), 0.0

@@ -9,14 +9,13 @@ from conftest import build, inputs, thresholds, trained
 from test_contract import executed_macs
 
 ROUTINGS = ("top_p", "top_k", "relu")
-DATASETS = ("shapes", "pydoc")
 
 
-def layer(E=4, C=6, h=5, N=40, seed=0):
-    """x (N, C), router weights with about half of the experts chosen, and experts, in float64."""
-    torch.manual_seed(seed)
-    weight = torch.rand(N, E).double() * (torch.rand(N, E) < 0.5)
-    return torch.randn(N, C).double(), weight, script.Experts(C, E, h).double()
+def layer():
+    """x (40, 6), router weights with about half of 4 experts chosen, and experts, in float64."""
+    torch.manual_seed(0)
+    weight = torch.rand(40, 4).double() * (torch.rand(40, 4) < 0.5)
+    return torch.randn(40, 6).double(), weight, script.Experts(6, 4, 5).double()
 
 
 def loop(x, weight, experts):
@@ -93,10 +92,8 @@ def test_dispatch_reads_any_shape_dtype_and_a_single_token():
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("dataset", DATASETS)
 def test_the_contract_holds_for_every_routing(dataset, routing):
-    """What runs is what is counted; skipping, masked and a single example agree; at the lowest
-    threshold the shared expert runs alone, at the highest all do whose weight is not 0."""
+    """And at the lowest threshold the shared expert runs alone, at the highest all of a weight not 0."""
     model = build(script, dataset, "tiny", "--routing", routing).double()
     x = inputs(dataset, count=6, dtype=torch.float64)
     fixed = model.net.macs + 2 * 64 * (32 * 8 + 2 * 32 * 16 - 8 * 32 * 32)  # routers, shared, no MLPs
@@ -137,8 +134,7 @@ def test_the_control_deals_counts_and_the_router_names_the_experts():
 
 
 def test_balance_loss_is_one_at_uniform_load():
-    """k = 1 and 2 in turn around 8 experts, and top_p on permutations of one distribution; 4 for
-    everything on 2 of 8 experts; its gradient pushes down what is used too much."""
+    """1 or 2 of 8 experts in turn, top_p on permutations; 4 for everything on 2 of 8, pushed down."""
     turn = torch.eye(8)[torch.arange(64) % 8]
     for chosen in (turn, turn + turn.roll(1, 1)):
         assert script.balance_loss(torch.full((64, 8), 1 / 8), chosen).item() == pytest.approx(1)
@@ -196,8 +192,7 @@ def test_the_loss_by_hand():
 
 @pytest.mark.parametrize("balance", ("0", "1"))
 def test_the_penalty_of_relu_by_hand(balance):
-    """It weighs an expert by its share of the work, or all alike; grows while too many fire, falls
-    while too few do; evaluation leaves it alone."""
+    """By an expert's share of the work, or alike for all; training alone raises it, or lowers it."""
     model, x = build(script, "pydoc", "tiny", "--balance", balance), inputs("pydoc")
     loss, shown = model.loss(x, x, 0.5)
     _, chosen, scores, _ = model.all_experts(x)
@@ -227,8 +222,7 @@ def test_a_sharp_router_has_a_gradient(routing):
 
 @pytest.mark.parametrize("routing", ("top_p", "top_k"))
 def test_the_threshold_of_training(routing):
-    """A few batches bring the mean number of experts to the budget's; at that threshold `masked` is
-    what was trained; evaluation moves nothing; and it is in the state."""
+    """It meets the budget; `masked` with it is what was trained; evaluation leaves it; it is saved."""
     model, x = build(script, "pydoc", "tiny", "--routing", routing, "--budget", "0.8"), inputs("pydoc", count=32)
     if routing == "top_p":
         model.threshold.fill_(0.9)

@@ -22,7 +22,7 @@ def test_the_numbers_of_the_readme_are_what_the_command_makes():
     assert not re.search(r"\d ?%|\d nats|rho|\d points", prose)
 
 
-def test_every_option_in_the_readme_exists(capsys):
+def test_every_option_in_the_readme_exists():
     options = set(re.findall(r"(?<=[ `])--([a-z-]+)", readme)) - {"help"}
     known = set()
     for path in (*(f"{name}.py" for name in scripts), "compare_rankings.py", "tests/results.py"):
