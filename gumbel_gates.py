@@ -365,7 +365,7 @@ SHAKESPEARE = ("tinyshakespeare.txt", "https://raw.githubusercontent.com/karpath
                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
 
 
-def parse(parser, argv):
+def parse(parser, argv):    # adds what all scripts have -> namespace
     parser.usage = "%(prog)s [options]"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
@@ -397,7 +397,7 @@ def parse(parser, argv):
     return cfg
 
 
-def download(folder, name, url, sha256):
+def download(folder, name, url, sha256):    # -> path of a file that is the published one
     path = Path(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -534,7 +534,7 @@ def wall_clock(cfg, model, x, threshold):
     return {key: 1000 * float(np.median(each[3:])) for key, each in seconds.items()}
 
 
-def output_path(cfg, kind, suffix):
+def output_path(cfg, kind, suffix):    # in a folder that it makes
     path = Path(cfg.out, kind, f"{cfg.dataset}-{cfg.size}", f"{cfg.name}-s{cfg.seed}{suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
