@@ -543,7 +543,7 @@ def train(args):
         "dataset", "size", "data", "out", "device", "epochs") if vars(args)[key] is not None]
     cfg = importlib.import_module(STATIC).options(flags)
     runs = [(name, name, []) for name in METHODS]
-    for key, value in dict(depth=max(1, cfg.depth // 2), width=round(cfg.width * 0.7)).items():
+    for key, value in dict(depth=max(1, cfg.depth // 2), width=round(cfg.width * 0.67)).items():
         runs.append((STATIC, f"{key}_{value}", [f"--{key}={value}"]))
     folder = Path(args.out, "logs", f"{cfg.dataset}-{cfg.size}")
     args.logs.append(folder)
