@@ -201,6 +201,8 @@ def agreement(rho, rankings, floor=FLOOR):
         apart &= seeds[:, None] != seeds
         if apart.any():
             raw[..., a, b] = rho[..., apart].mean(-1)
+    exact = np.array(methods) == "known difficulty"
+    raw[..., exact, exact] = 1.0       # without error
     reliability = np.diagonal(raw, axis1=-2, axis2=-1)
     root = np.sqrt(np.where(reliability > floor, reliability, np.nan))
     return raw, np.clip(raw / (root[..., :, None] * root[..., None, :]), -1, 1)

@@ -286,12 +286,15 @@ def test_people_and_known_difficulty_are_columns(report, tmp_path, few_samples):
         label = log["label"]
     counts = np.eye(10, dtype=np.int64)[label] * 30 + np.random.default_rng(0).integers(9, size=(1500, 10))
     np.save(tmp_path / "people.npy", counts)
-    rows = re.findall(r"^\| relu_sparsity and (.*?) \| (.*?) \| (.*?) \| (.*?) \|",
-                      report(tmp_path, "--human", tmp_path / "people.npy"), re.M)
+    printed = report(tmp_path, "--human", tmp_path / "people.npy")
+    rows = re.findall(r"^\| relu_sparsity and (.*?) \| (.*?) \| (.*?) \| (.*?) \|", printed, re.M)
     raw = {row[0]: float(row[3]) for row in rows}
     assert {"known difficulty", "people", "static loss"} < raw.keys()
     macs, loss = ([np.load(tmp_path / f"relu_sparsity-s{s}.npz")[key] for s in (0, 1)] for key in ("macs", "loss"))
     assert raw["known difficulty"] == pytest.approx(np.mean([spearman(m, known[0]) for m in macs]), abs=0.006)
+    exits = [np.load(tmp_path / f"early_exit-s{s}.npz")["macs"] for s in (0, 1)]
+    whole = np.mean([spearman(m, known[0]) for m in exits]) / spearman(*exits) ** 0.5       # its own is 1
+    assert f"| early_exit and known difficulty | strong | {whole:.2f} " in printed
     doubt = script.doubt_of_people(tmp_path / "people.npy", script.Log(tmp_path / "early_exit-s0.npz"))
     assert doubt[0] == pytest.approx(-sum(p * np.log(p) for p in counts[0] / counts[0].sum() if p))
     assert raw["people"] == pytest.approx(np.mean([spearman(m, doubt) for m in macs]), abs=0.006)
