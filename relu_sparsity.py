@@ -346,7 +346,7 @@ def train(model, data, cfg):
     adamw = torch.optim.AdamW(others, cfg.lr / 5, betas=(0.9, 0.99), weight_decay=0.0)
     examples = len(data["train"][0]) / (cfg.tokens if cfg.text else 1)    # windows overlap
     steps = math.ceil(cfg.epochs * examples / cfg.batch)
-    bar = tqdm(zip(range(steps), training_batches(data, cfg)), cfg.name, steps)
+    bar = tqdm(zip(range(steps), training_batches(data, cfg)), f"{cfg.name}, {cfg.size}", steps)
     model.train()
     for step, (x, y) in bar:
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
