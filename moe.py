@@ -367,7 +367,7 @@ def parse(parser, argv):    # adds what all scripts have -> namespace
     add("--dataset", choices=["cifar10", "shakespeare", "shapes", "pydoc"], default="cifar10",
         help="the last two need no download")
     add("--size", choices=SIZES, default="base" if devices[1:] else "small",
-        help="sets the next three (default: base with CUDA)")
+        help="sets the next three (default: base with CUDA, else small)")
     add("--width", type=int, help="channels of a token")
     add("--depth", type=int, help="number of blocks")
     add("--epochs", type=float, help="passes over the training data")
@@ -379,7 +379,7 @@ def parse(parser, argv):    # adds what all scripts have -> namespace
     add("--data", default="data", help="folder of the data sets")
     add("--out", default=".", help="folder of logs/ and figures/")
     add("--name", default=SCRIPT, help="of this run and its files")
-    add("--load", metavar="FILE", help="evaluate the .pt of an earlier run")
+    add("--load", metavar="FILE", help="evaluate the .pt of an earlier run, without training")
     cfg = parser.parse_args(argv)
     text = cfg.dataset in ("shakespeare", "pydoc")
     known = load(cfg.load) if cfg.load else SIZES[cfg.size][text]
