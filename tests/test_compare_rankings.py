@@ -374,7 +374,7 @@ def test_train_from_nothing_and_resume(run, report, tmp_path, monkeypatch):
     report(*options)
     logs = tmp_path / "logs/pydoc-tiny"
     names = {path.name for path in logs.glob("*.npz")}
-    assert names == {f"{name}-s0.npz" for name in ("relu_sparsity", "moe", "depth_1", "width_22")}
+    assert names == {f"{name}-s0.npz" for name in ("relu_sparsity", "moe", "depth_1", "width_21")}
     written = (tmp_path / "figures/pydoc-tiny/report.md").read_text(encoding="utf-8")
     assert "| moe | 1 |" in written and written.startswith("# pydoc-tiny\n\n**On ")
     assert (tmp_path / "figures/pydoc-tiny/examples.png").stat().st_size > 30000
