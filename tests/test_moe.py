@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import moe as script
-from conftest import build, inputs, thresholds, trained
+from conftest import build, inputs, steps, thresholds, trained
 from test_contract import executed_macs
 
 ROUTINGS = ("top_p", "top_k", "relu")
@@ -150,6 +150,15 @@ def test_balance_loss_is_one_at_uniform_load():
     assert (logits.grad[:, :2] > 0).all() and (logits.grad[:, 2:] < 0).all()
     both = torch.stack([p.new_full((8, 8), 1 / 8), skewed[:1].expand(8, 8) / 2])   # layers apart
     assert script.balance_loss(both, torch.stack([turn[:8], skewed[:1].expand(8, 8)])).tolist() == [1, 4]
+
+
+def test_top_k_is_tested_as_it_was_trained(run, shorten, tmp_path):
+    """0.6 of the MACs is calibrated to 2 experts, next above; training runs 1 in each of 2 layers."""
+    shorten(script, 20)
+    options = "--dataset", "pydoc", "--size", "tiny", "--routing", "top_k", "--budget", "0.6"
+    assert run("moe", *options, "--device", "cpu", *steps(2), cwd=tmp_path)[0] == 0
+    model, macs = build(script, "pydoc"), np.load(tmp_path / "logs/pydoc-tiny/moe-s0.npz")["token_macs"]
+    assert (macs == model.fixed_macs + 2 * model.expert_macs).all()
 
 
 def test_the_task_teaches_the_router_at_k_1(monkeypatch):

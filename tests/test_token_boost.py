@@ -120,6 +120,8 @@ def test_an_eighth_runs_all_and_an_eighth_the_same():
     assert torch.equal(runs[0, 4:8], runs[1, 4:8])                     # and all layers
     many = torch.cat([model.dense(x)[1][:, 4:8].sum(-1).detach() for _ in range(50)], 1)
     assert many.unique().tolist() == [0, 1, 2, 3, 4] and many.float().mean() == pytest.approx(2, abs=0.3)
+    model.price = torch.tensor(0.0)
+    assert model.dense(x)[1].unique().tolist() == [0, 1]                # not 0.9999, which would count as 0
 
 
 def test_the_price_meets_a_budget():
