@@ -2,8 +2,6 @@
 
     python tests/results.py             # print them
     python tests/results.py --write     # into .github/results and the README; a test compares them
-
-Each log is the very file that a run wrote; means over seeds, with the lowest and the highest.
 """
 import argparse
 import sys
@@ -139,11 +137,9 @@ def tables():
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write RESULTS.md instead of printing")
-    args = parser.parse_args()
-    if args.write:
+    if parser.parse_args().write:
         (KEPT / "RESULTS.md").write_text(tables(), encoding="utf-8")
         readme = ROOT / "README.md"
         readme.write_text(fill(readme.read_text(encoding="utf-8")), encoding="utf-8")
