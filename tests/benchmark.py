@@ -6,7 +6,7 @@
 
 Medians of runs by turns in one process (memory: a process for each), after a warm-up.
 """
-import resource
+import re
 import subprocess
 import sys
 import time
@@ -94,11 +94,11 @@ def experts(tokens=16384, width=48):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] in NAMES:        # a process of its own: the peak memory of three steps, kB on Linux
+    if sys.argv[1] in NAMES:        # a process of its own: the peak memory of three steps, kB
         step = step_of(*sys.argv[1:])
         for _ in range(3):
             step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        print(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])       # Linux only
     else:
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
         dict(training=training, token=token, experts=experts)[sys.argv[1]]()
