@@ -514,10 +514,9 @@ def evaluate(model, run, split, threshold):
         loss = F.cross_entropy(logits.movedim(-1, 1), y.long(), reduction="none")
         batches.append((y, logits.argmax(-1).byte(), loss, macs, token_macs.int()))
     y, answer, loss, macs, token_macs = (torch.cat(each).cpu().numpy() for each in zip(*batches))
-    correct = y == answer
-    means = dict(accuracy=float(correct.mean()), loss=float(loss.mean()),
+    means = dict(accuracy=float((y == answer).mean()), loss=float(loss.mean()),
                  budget=float(macs.mean() / model.net.macs))
-    return dict(label=y, prediction=answer, correct=correct, loss=loss, macs=macs,
+    return dict(label=y, prediction=answer, correct=y == answer, loss=loss, macs=macs,
                 token_macs=token_macs, threshold=threshold, means=means)
 
 
