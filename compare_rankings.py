@@ -41,7 +41,6 @@ FLOOR = 0.3         # dividing by a lower reliability would more than triple rho
 NEIGHBOURS = 16     # windows of a text that the bootstrap keeps together, as neighbours are alike
 Ranking = namedtuple("Ranking", "name seed costs")      # costs (N,); seed None: there are no seeds
 
-
 def fail(message):
     """End the program with one line and exit status 2."""
     print(f"compare_rankings.py: {message}".replace("\n", " "), file=sys.stderr)
@@ -118,7 +117,6 @@ class Log:
         nearest = abs(self.spent - budget).argmin()
         return nearest if abs(self.spent[nearest] - budget) < 0.03 else None
 
-
 def gather(paths):
     """Files and folders -> their logs, which are about the same examples, by method and seed."""
     files = []
@@ -140,7 +138,6 @@ def gather(paths):
     runs = by_method([seen[key] for key in sorted(seen)])
     return [log for name in dict.fromkeys([*METHODS, *runs]) for log in runs.get(name, [])]
 
-
 def by_method(runs):
     """{name: its runs}, of a list of logs or rankings."""
     return {run.name: [other for other in runs if other.name == run.name] for run in runs}
@@ -152,18 +149,15 @@ def midranks(x):
     _, code, count = np.unique(x, return_inverse=True, return_counts=True)
     return (count.cumsum() - (count - 1) / 2)[code]     # the last rank of a value, less half
 
-
 def correlate(columns):
     """columns (N, L) -> Spearman's rho (L, L): Pearson's of midranks; NaN where one is constant."""
     return np.corrcoef(np.stack([midranks(x) for x in columns.T], 1), rowvar=False)
-
 
 def within_class(columns, label, least=30):
     """Mean (L, L) of rho over the classes of at least so many examples, where it is defined."""
     names, counts = np.unique(label, return_counts=True)
     each = np.array([correlate(columns[label == name]) for name in names[counts >= least]])
     return np.nanmean(each, 0) if len(each) else np.full(2 * columns.shape[1:], np.nan)
-
 
 def top_overlap(columns, k):
     """Share (L, L) of the k costliest that two columns have in common; ties share last places."""
@@ -172,7 +166,6 @@ def top_overlap(columns, k):
     equal = columns == last
     member = above + equal * (k - above.sum(0)) / equal.sum(0)
     return member.T @ member / k
-
 
 def bootstrap(columns, resamples=300, block=1):
     """rho (resamples, L, L) of rows drawn with replacement, in blocks of neighbours."""
@@ -184,7 +177,6 @@ def bootstrap(columns, resamples=300, block=1):
         first = block * rng.integers(blocks, size=blocks)
         rho.append(correlate(columns[(first[:, None] + np.arange(block)).ravel()]))
     return np.stack(rho)
-
 
 def agreement(rho, rankings, floor=FLOOR):
     """rho (..., L, L) of runs -> raw and disattenuated rho (..., A, A) of methods. Raw: the mean
@@ -206,7 +198,6 @@ def agreement(rho, rankings, floor=FLOOR):
     reliability = np.diagonal(raw, axis1=-2, axis2=-1)
     root = np.sqrt(np.where(reliability > floor, reliability, np.nan))
     return raw, np.clip(raw / (root[..., :, None] * root[..., None, :]), -1, 1)
-
 
 def study(rankings, label=None, resamples=300):
     """All that is told of pairs of methods, {what: (A, A)}. label (N,): classes, None in a text."""
@@ -239,7 +230,6 @@ def frontier(logs, macs):
             found.append(np.interp(macs, *zip(*points)))
     return (min if logs[0].text else max)(found, default=np.nan)
 
-
 def verdict(quality, static, dealt, full, text):
     """Whether it pays, in words: qualities (seeds,) at a budget, and what they must exceed."""
     sign = -1 if text else 1            # of a loss, less is better
@@ -251,7 +241,6 @@ def verdict(quality, static, dealt, full, text):
     if not failed and np.isnan([*static, *dealt, full]).any():
         return "unknown: something to compare with is missing"
     return f"no: {', '.join(failed)}" if failed else "yes"
-
 
 def paying_table(logs):     # a row for each method and budget
     full = np.mean([log.quality[-1] for log in logs if log.kind == "full"] or [np.nan])
@@ -277,24 +266,20 @@ def paying_table(logs):     # a row for each method and budget
 def number(x, digits=2):
     return "unknown" if np.isnan(x) else f"{round(float(x), digits) + 0.0:.{digits}f}"   # no -0.00
 
-
 def spread(values, digits=2):
     """Mean (lowest to highest)."""
     mean, low, high = (number(x, digits) for x in (np.mean(values), np.min(values), np.max(values)))
     return mean if len(values) == 1 or mean == "unknown" else f"{mean} ({low} to {high})"
-
 
 def markdown(header, rows):
     """Strings -> the lines of a Markdown table, and an empty one; nothing without rows."""
     return [] if not rows else ["| " + " | ".join(header) + " |", "|" + "---|" * len(header),
             *("| " + " | ".join(row) + " |" for row in rows), ""]
 
-
 def word(rho, form=0):
     """What a rho is called, as it is printed: in a word, or (form=1) as a predicate."""
     said = [said[form] for least, said in WORDS.items() if round(float(rho), 2) >= least]
     return said[0] if said else "unknown"
-
 
 def headline(methods, found):
     """What rankings do, in words: by disattenuated rho, or by raw rho where no other is known."""
@@ -306,7 +291,6 @@ def headline(methods, found):
     return (f"the rankings by compute of {', '.join(names[:-1])} and {names[-1]} "
             f"{word(np.mean(rho), 1)}: mean {kind} rho {spread(rho)}, "
             f"{len(rho)} of {len(pairs)} pairs")
-
 
 def pair_table(rankings, found):
     """A row for each pair of methods, and of a method and another measure."""
@@ -320,7 +304,6 @@ def pair_table(rankings, found):
                      cell["ceiling"], cell.get("within", "-"), cell["top"]])
     return markdown(["pair", "agreement", "disattenuated rho [95 %]", "raw rho", "reliabilities",
                      "ceiling by ties", "within classes", "costliest 10 % shared"], rows)
-
 
 HOW_TO_READ = f"""
 ## How to read this
@@ -343,7 +326,6 @@ def canvas(title, width, height, rows=1, columns=1):
     figure.suptitle(title)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
-
 def draw_agreement(rankings, found):
     methods = list(by_method(rankings))
     A = len(methods)
@@ -355,7 +337,6 @@ def draw_agreement(rankings, found):
     axis.set_xticks(range(A), methods, rotation=30, ha="right")
     axis.set_yticks(range(A), methods)
     return figure
-
 
 def draw_quality(logs):
     figure, [[axis]] = canvas("what compute buys; dashed: the same decisions at random", 9, 6)
@@ -373,7 +354,6 @@ def draw_quality(logs):
     axis.legend()
     return figure
 
-
 def draw_deciles(rankings, measures):
     """By the first of the measures, a line for each method; means of seeds."""
     figure, [[axis]] = canvas("what easy and hard examples cost", 8, 5)
@@ -386,7 +366,6 @@ def draw_deciles(rankings, measures):
     axis.set(xlabel=f"decile, easy to hard by {name}", ylabel="MACs, share of static")
     axis.legend()
     return figure
-
 
 def draw_images(logs, images, count=6):
     """Of one class: a row for each method, the cheapest on the left, the dearest on the right."""
@@ -404,7 +383,6 @@ def draw_images(logs, images, count=6):
         row[0].text(-4, 16, name, rotation=90, ha="right", va="center")
     return figure
 
-
 def draw_passage(logs):
     """The window of a text that methods see most unevenly; darker: more MACs."""
     methods = by_method(logs)
@@ -421,7 +399,6 @@ def draw_passage(logs):
         axis.text(t, m, sign, ha="center", va="center", family="monospace", fontsize=8)
     axis.set_yticks(range(len(methods)), methods)
     return figure
-
 
 def draw_time(logs):
     methods = by_method(logs)
@@ -448,7 +425,6 @@ def test_images(log, folder):
     images, label = script.load_data(script.options(flags))["test"]
     return images.numpy() if np.array_equal(label, log.label) else None
 
-
 def doubt_of_people(path, log):
     """Counts (N, 10) of how people labelled each test image -> their entropy in nats (N,)."""
     try:
@@ -464,7 +440,6 @@ def doubt_of_people(path, log):
     p = counts / counts.sum(1, keepdims=True)
     return -(p * np.log(np.where(p > 0, p, 1))).sum(1)
 
-
 def rank(logs, examples=slice(None), budget=None):
     """Rankings by MACs at a budget, or at the chosen thresholds; a line on runs that have none."""
     rankings = [Ranking(log.name, log.seed, log.sweep_macs[log.point(budget)][examples]
@@ -472,7 +447,6 @@ def rank(logs, examples=slice(None), budget=None):
     flat = [f"{each.name}-s{each.seed}" for each in rankings if np.ptp(each.costs) == 0]
     lines = [f"MACs are constant, and rank nothing: {', '.join(flat)}.", ""] if flat else []
     return [each for each in rankings if np.ptp(each.costs) > 0], lines
-
 
 def telling_tables(logs):
     """The pairs at 0.35 or the lowest budget that all reach, 0.5 and 0.7, on examples neither
@@ -492,7 +466,6 @@ def telling_tables(logs):
             found = study(rankings, None if logs[0].text else logs[0].label[telling])
             lines += pair_table(rankings, found)
     return lines
-
 
 def compare(logs, args):
     """Logs -> report and pictures, and the lines to print."""
@@ -525,7 +498,6 @@ def compare(logs, args):
     said = [f"**On {len(logs[0].macs):,} test examples of {dataset}, {answer}.**", "",
             "## Does it pay?", "", *paying_table(logs), *tables]
     return [*said, write(Path(args.out, "figures", f"{dataset}-{size}"), said, pictures)]
-
 
 def write(folder, said, pictures):
     """Report and pictures {name: figure} -> a line on them."""
@@ -565,7 +537,6 @@ def train(args):
     finally:
         pool.shutdown(cancel_futures=True)
     return failed
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="compare_rankings.py", description=__doc__,

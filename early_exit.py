@@ -4,9 +4,8 @@ Every block gets a head of its own. An easy input leaves early, at the first hea
 
     exit = the first l with certainty(head_l(x_l)) >= threshold, or the last
 
-For an image the blocks above never run; for a character their MLPs do not, their convolutions run
-everywhere. Certainty is read off a head's probabilities, or (`--criterion gain`) learned by a gate
-before it, which predicts the loss that the rest would save. Try `python early_exit.py --risk 0.03`.
+For an image the blocks above never run; for a character their MLPs do not. Certainty is read off a
+head's probabilities; or a gate before the head predicts the loss that the rest would save (gain).
 
 `--loss sum` adds up the heads' cross-entropies. `--loss branching` trains them as one soft mixture
 with gates g_l, whose expected MACs c_1 it brings to the budget (MACs_l: all up to exit l):
@@ -15,9 +14,10 @@ with gates g_l, whose expected MACs c_1 it brings to the budget (MACs_l: all up 
 
 Papers: Teerapittayanon et al. 2016, BranchyNet; Scardapane et al. 2020, Differentiable Branching;
 Schuster et al. 2022, CALM; Kubaty et al. 2025 (regimes); Angelopoulos et al. 2021, Learn then Test.
-Deviation: branching adds the last head's own loss, or gates starve it.
+Deviation: branching adds the last head's own loss, or gates starve it. Try `--risk 0.03`.
 """
 import argparse
+import bisect
 import hashlib
 import itertools
 import json
@@ -36,7 +36,6 @@ from tqdm import tqdm
 
 SCRIPT = "early_exit"
 
-
 def options(argv=None):
     """The command line, or a list of strings -> namespace."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -47,8 +46,7 @@ def options(argv=None):
     add("--loss", choices=["sum", "branching"], default="sum", help="how the heads are trained")
     add("--criterion", choices=["confidence", "margin", "entropy", "gain"],
         help="best class, lead over the second, 1 - entropy, a gate (default: margin, or gain)")
-    add("--risk", type=float, default=0.0,
-        help="instead of the budget, a guarantee: the share of answers that turn wrong")
+    add("--risk", type=float, default=0.0, help="answers that may turn wrong, instead of a budget")
     cfg = parse(parser, argv)
     cfg.regime = cfg.regime or ("joint" if cfg.text else "mixed")
     cfg.criterion = cfg.criterion or ("gain" if cfg.text or cfg.loss != "sum" else "margin")
@@ -58,8 +56,7 @@ def options(argv=None):
 
 
 # === the mechanism ===
-# Shapes: B batch, T tokens, C width, L exits (one per block), K classes or characters; "..." stands
-# for what leaves: (B,) for images, (B, T) for characters.
+# Shapes: B batch, T tokens, C width, L exits, K classes; ... stands for (B,), in a text for (B, T).
 
 def certainty(logits, criterion):
     """How sure a head is, from 0 to 1: logits (..., K) -> (...)."""
@@ -69,7 +66,6 @@ def certainty(logits, criterion):
         return 1 + (p * log_p).sum(-1) / math.log(p.shape[-1])
     best, second = p.topk(2, dim=-1).values.unbind(-1)
     return {"confidence": best, "margin": best - second}[criterion]
-
 
 class Readout(nn.Module):
     """LayerNorm and a small network, for a head or a gate: characters (..., C) -> (..., out); or
@@ -89,13 +85,11 @@ class Readout(nn.Module):
         x = F.avg_pool2d(x.transpose(1, 2).unflatten(2, (8, 8)), 2)             # (n, C, 4, 4)
         return self.out(self.norm(x.flatten(2).transpose(1, 2)).flatten(1))
 
-
 def exit_weights(gate):
-    """Soft branching: gates (L - 1, ...) -> weight (L, ...) of each exit in the mixture, which is
-    w_l = g_l * product of (1 - g_j) over the exits j before it. The last takes what is left."""
+    """Soft branching: gates (L - 1, ...) -> weights of exits (L, ...), g_l prod_(j < l) (1 - g_j);
+    the last takes what is left."""
     stay = torch.cat([torch.ones_like(gate[:1]), (1 - gate).cumprod(0)])
     return stay * torch.cat([gate, torch.ones_like(gate[:1])])
-
 
 class Model(nn.Module):
     """The static network with exits; an input leaves where its certainty reaches the threshold."""
@@ -153,8 +147,8 @@ class Model(nn.Module):
         each = torch.stack([F.cross_entropy(z.movedim(-1, 1), y, reduction="none") for z in logits])
         losses = each.flatten(1).mean(1)                                        # (L,)
         if not self.branching:
-            weights = self.early * len(losses[:-1]) + 1
-            loss = (self.early * losses[:-1].sum() + losses[-1]) / weights
+            loss = self.early * losses[:-1].sum() + losses[-1]
+            loss = loss / (self.early * len(self.heads) + 1)
             if self.gates:
                 gain = (each[:-1] - each[-1]).detach()      # what the rest of the network saves
                 loss = loss + 0.1 * (sure.logit(1e-6) + gain).square().mean()
@@ -205,24 +199,18 @@ class Model(nn.Module):
         token_macs = (depth * net.block_macs)[:, None].expand(-1, len(net.position))
         return net.example_macs - net.head_macs + heads + token_macs.sum(1), token_macs
 
-
-def certify(lost, risk, error=0.05):
-    """Learn then Test: losses in [0, 1], from the safest threshold to the boldest, S times (N,) ->
-    how many pass, by Hoeffding's bound at level `error`, before the first that does not."""
-    safe = (each.mean() + math.sqrt(-math.log(error) / 2 / len(each)) <= risk for each in lost)
-    return sum(itertools.takewhile(bool, safe))
-
-
-def certified_threshold(model, split, risk):
-    """The boldest of 51 thresholds at which, 95 % certain, at most `risk` of the answers are right
-    in full and wrong early; that of the full model if too few examples can tell."""
-    grid = model.full + (model.cheapest - model.full) * np.linspace(0, 1, 51) ** 2
-    runs = (evaluate(model, model.masked, split, threshold) for threshold in tqdm(grid, "certify"))
-    right = (run["prediction"] == run["label"] for run in runs)
-    full = next(right)                                                          # (N, ...)
-    lost = ((full & ~early).reshape(len(full), -1).mean(1) for early in right)
-    return float(grid[certify(lost, risk)])
-
+def certified_threshold(model, split, risk, error=0.05):
+    """Learn then Test: from the full model on, ever bolder thresholds are tried, until Hoeffding's
+    bound, at level `error`, no longer says that at most `risk` of the answers are right in full
+    and wrong early -> the last threshold that passed."""
+    right = evaluate(model, model.masked, split, model.full)["correct"]         # (N, ...)
+    slack, passed = math.sqrt(-math.log(error) / 2 / len(right)), model.full
+    for threshold in model.full + (model.cheapest - model.full) * np.linspace(0, 1, 51)[1:] ** 2:
+        lost = right & ~evaluate(model, model.masked, split, threshold)["correct"]
+        if lost.mean() + slack > risk:
+            break
+        passed = float(threshold)
+    return passed
 
 def main(cfg):
     log = output_path(cfg, "logs", ".npz")
@@ -248,48 +236,37 @@ def main(cfg):
     print(f"wrote {log} and {picture}")
 
 
-# Below: identical in the four scripts that have a budget.
+# Below: identical in every script (budgets: in four of the five); read it once.
 
 # === shared: budgets ===
 BUDGETS = (0.35, 0.5, 0.6, 0.7, 0.85)    # shares of the static network's MACs
 
-
 def calibrate(model, split, budget):
-    """The threshold at which `masked` spends a budget, or next above it, by bisection."""
-    few = [part[:2000] for part in split]    # enough for a mean
-    low, high = np.arcsinh([model.cheapest, model.full])    # the ends may be far
-    for _ in range(15):
-        middle = (low + high) / 2
-        spent = evaluate(model, model.masked, few, math.sinh(middle))["means"]["budget"]
-        if abs(spent - budget) < 0.003:
-            return math.sinh(middle)
-        if spent < budget:
-            low = middle
-        else:
-            high = middle
-    return math.sinh(high)
+    """Of 8192 thresholds the first, from the cheapest to the full, that spends a budget."""
+    def spend(threshold):
+        few = [part[:2000] for part in split]    # enough for a mean
+        return evaluate(model, model.masked, few, threshold)["means"]["budget"]
 
+    ends = np.arcsinh([model.cheapest, model.full])    # they may be far
+    grid = np.sinh(np.linspace(*ends, 8192)).tolist()
+    return grid[bisect.bisect_left(grid, budget, hi=8191, key=spend)]
 
 def sweep_budgets(model, data):
-    """Results at BUDGETS in reach and in full, and means of the random control."""
+    """Results at the BUDGETS in reach and in full, and means of the random control."""
     def control(x, threshold):    # decisions of another example
-        _, decisions = model.dense(x, threshold)
+        decisions = model.dense(x, threshold)[1]
         return model.masked(x, decisions=[each.flip(0) for each in decisions])
 
-    few = [part[:1000] for part in data["calibration"]]
-    least, most = (evaluate(model, model.masked, few, end)["means"]["budget"]
-                   for end in (model.cheapest, model.full))
-    thresholds = [calibrate(model, data["calibration"], budget)
-                  for budget in BUDGETS if least < budget < most]
     sweep, random = [], []
-    for threshold in tqdm([*thresholds, model.full], "sweep"):
-        sweep.append(evaluate(model, model.skipping, data["test"], threshold))
-        random.append(evaluate(model, control, data["test"], threshold)["means"])
+    for budget in tqdm([*BUDGETS, math.inf], "sweep"):
+        full = budget == math.inf
+        threshold = model.full if full else calibrate(model, data["calibration"], budget)
+        result = evaluate(model, model.skipping, data["test"], threshold)
+        if full or abs(result["means"]["budget"] - budget) < 0.02:
+            sweep.append(result)
+            random.append(evaluate(model, control, data["test"], threshold)["means"])
     return sweep, random
 # === end shared ===
-
-
-# Below: identical in all five scripts; read it once.
 
 # === shared: static network ===
 class Block(nn.Module):
@@ -313,7 +290,6 @@ class Block(nn.Module):
 
     def forward(self, x):
         return x + self.drop(self.mlp(self.mix(x)))
-
 
 class StaticNet(nn.Module):
     """Bytes: images (B, 3, 32, 32) -> logits (B, K), text (B, T) -> logits (B, T, K)."""
@@ -349,7 +325,6 @@ class StaticNet(nn.Module):
         return self.head(self.blocks(self.embed(x)))
 # === end shared ===
 
-
 # === shared: options and data ===
 SIZES = {   # of images, and of text
     "tiny": (dict(width=32, depth=4, batch=64, epochs=1.75, dropout=0.0, tokens=64, classes=10),
@@ -363,7 +338,6 @@ CIFAR10 = ("cifar-10-binary.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar-10-
 SHAKESPEARE = ("tinyshakespeare.txt", "https://raw.githubusercontent.com/karpathy/char-rnn/master/"
                "data/tinyshakespeare/input.txt",
                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
-
 
 def parse(parser, argv):    # adds what all scripts have -> namespace
     parser.usage = "%(prog)s [options]"
@@ -380,22 +354,18 @@ def parse(parser, argv):    # adds what all scripts have -> namespace
     add("--lr", type=float, default=0.02, help="peak rate of Muon; AdamW has a fifth")
     add("--seed", type=int, default=0, help="of weights, batches and noise")
     add("--device", choices=devices, default=devices[0], help="default: cuda if there is one")
-    add("--bf16", action=argparse.BooleanOptionalAction, default="cuda" in devices,
-        help="train in bfloat16 (default: with CUDA)")
     add("--data", default="data", help="folder of the data sets")
     add("--out", default=".", help="folder of logs/ and figures/")
     add("--name", default=SCRIPT, help="of this run and its files")
     add("--load", metavar="FILE", help="evaluate the .pt of an earlier run, without training")
     cfg = parser.parse_args(argv)
     text = cfg.dataset in ("shakespeare", "pydoc")
-    known = load(cfg.load) if cfg.load else SIZES[cfg.size][text]
+    known = load(cfg.load) if cfg.load else SIZES[cfg.size][text] | dict(text=text)
     cfg = parser.parse_args(argv, argparse.Namespace(**known))
-    cfg.text = cfg.dataset in ("shakespeare", "pydoc")
     for key, least in dict(width=1, depth=1, epochs=1e-3, lr=1e-6, seed=0).items():
         if not least <= getattr(cfg, key) < 1e6:
             parser.error(f"--{key} must be at least {least} and below a million")
     return cfg
-
 
 def download(folder, name, url, sha256):    # -> path of a file that is the published one
     path = Path(folder, name)
@@ -406,7 +376,6 @@ def download(folder, name, url, sha256):    # -> path of a file that is the publ
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise OSError(f"{path} is not the published file; delete it and run again")
     return path
-
 
 def draw_shapes(count):
     """Grey flowers with 1 to 10 lobes, which difficulty makes faint and noisy."""
@@ -420,7 +389,6 @@ def draw_shapes(count):
     grey = 127 + 100 * (1 - 0.9 * difficulty) * flower + 40 * difficulty * noise
     images = torch.tensor(grey.clip(0, 255)).byte().expand(-1, 3, -1, -1)
     return images, torch.tensor(label.ravel()), difficulty.ravel()
-
 
 def load_data(cfg):
     """{"train", "calibration", "test": (x, y)}, bytes: images (N, 3, 32, 32) and labels (N,), or
@@ -454,7 +422,6 @@ def load_data(cfg):
         splits = zip(*(part.to(cfg.device).tensor_split(ends) for part in (x, y)))
     return data | dict(zip(("train", "calibration", "test"), splits))
 
-
 def training_batches(data, cfg):
     """Endless (x, y): images shifted and flipped, a text cut at other places."""
     random = dict(generator=torch.Generator(cfg.device).manual_seed(cfg.seed), device=cfg.device)
@@ -475,7 +442,6 @@ def training_batches(data, cfg):
             yield batch, y[index].long()
 # === end shared ===
 
-
 # === shared: from training to log ===
 def train(model, data, cfg):
     """Muon for the matrices of blocks, AdamW for all else -> seconds."""
@@ -488,7 +454,7 @@ def train(model, data, cfg):
     bar = tqdm(zip(range(steps), training_batches(data, cfg)), f"{cfg.name}, {cfg.size}", steps)
     model.train()
     for step, (x, y) in bar:
-        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
+        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.device == "cuda"):
             loss, shown = model.loss(x, y, step / steps)
         model.zero_grad()
         loss.backward()
@@ -504,7 +470,6 @@ def train(model, data, cfg):
     model.eval()
     return bar.format_dict["elapsed"]
 
-
 @torch.no_grad()
 def evaluate(model, run, split, threshold):
     """run, such as model.skipping, over a split -> arrays, and their means."""
@@ -519,7 +484,6 @@ def evaluate(model, run, split, threshold):
     return dict(label=y, prediction=answer, correct=y == answer, loss=loss, macs=macs,
                 token_macs=token_macs, threshold=threshold, means=means)
 
-
 @torch.no_grad()
 def wall_clock(cfg, model, x, threshold):
     """Median milliseconds of the static network and of `skipping`."""
@@ -532,12 +496,10 @@ def wall_clock(cfg, model, x, threshold):
         seconds.setdefault(f"{name}_ms_batch_{batch}", []).append(time.perf_counter() - began)
     return {key: 1000 * float(np.median(each[3:])) for key, each in seconds.items()}
 
-
 def output_path(cfg, kind, suffix):    # in a folder that it makes
     path = Path(cfg.out, kind, f"{cfg.dataset}-{cfg.size}", f"{cfg.name}-s{cfg.seed}{suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
-
 
 def load(path, model=None):    # -> options of a run, whose weights go into the model
     try:
@@ -548,11 +510,9 @@ def load(path, model=None):    # -> options of a run, whose weights go into the 
     except Exception as error:    # the file can be anything
         raise OSError(f"--load {path}: {' '.join(str(error).split())[:200]}")
 
-
 def save(log, cfg, data, model, result, sweep, **extra):
     """Write the weights and the log of a run (README: The log), print its means."""
-    here = ("data", "out", "load", "device", "bf16")
-    options = {key: value for key, value in vars(cfg).items() if key not in here}
+    options = {key: vars(cfg)[key] for key in vars(cfg).keys() - {"data", "out", "load", "device"}}
     again = options | dict(name=f"{cfg.name}_loaded")    # so --load overwrites nothing
     torch.save(dict(options=again, state_dict=model.state_dict()), log.with_suffix(".pt"))
     test = b"".join(part.cpu().numpy().tobytes() for part in data["test"])

@@ -12,13 +12,12 @@ The static network trains alone first; then gates join, and their budget falls f
 The loss is the cross-entropy + 10 (mean MACs - budget)^2 over a batch, an eighth of which runs with
 all gates open. Afterwards there is no noise: F runs where z > threshold.
 
-    python gumbel_gates.py --dataset shakespeare             # default: cifar10
-
 Papers: Jang et al. 2017, Maddison et al. 2017 (the trick); Veit and Belongie 2018 (ConvNet-AIG);
 Rao et al. 2021 (DynamicViT); Wang et al. 2018 (SkipNet); Raposo et al. 2024 (gate x probability).
-Deviation: one budget on all MACs, not a rate for each gate.
+Deviation: one budget on all MACs, not a rate for each gate. Try `--dataset shakespeare`.
 """
 import argparse
+import bisect
 import hashlib
 import itertools
 import json
@@ -37,7 +36,6 @@ from tqdm import tqdm
 
 SCRIPT = "gumbel_gates"
 ESTIMATORS = ["gumbel", "sigmoid_st", "reinforce"]
-
 
 def options(argv=None):
     """The command line, or a list of strings -> namespace."""
@@ -66,7 +64,6 @@ def gumbel_softmax(scores, temperature):
     hard = F.one_hot(soft.argmax(-1), scores.shape[-1]).to(soft.dtype)
     return hard + (soft - soft.detach())            # straight through: hard, with soft's gradient
 
-
 def sample_gates(z, estimator):
     """Scores z -> gates of 0 and 1, alike; 1 with probability sigmoid(z), but for sigmoid_st."""
     if estimator == "gumbel":           # the difference of two Gumbels is logistic noise on z
@@ -76,7 +73,6 @@ def sample_gates(z, estimator):
         return (z > 0).to(p.dtype) + (p - p.detach())
     assert estimator == "reinforce", f"{estimator!r} is none of {ESTIMATORS}"
     return torch.bernoulli(p.detach())
-
 
 class Gate(nn.Module):
     """A small network: (..., C) -> scores (..., U), at first open with probability 0.87."""
@@ -91,7 +87,6 @@ class Gate(nn.Module):
 
     def forward(self, x):
         return self.out(self.hidden(x).relu())
-
 
 class Model(nn.Module):
     """The static network with gates before all blocks but the first, open above the threshold."""
@@ -113,7 +108,7 @@ class Model(nn.Module):
         seen = block.norm(x)
         return gate(seen if self.by_token else seen.mean(1, keepdim=True))
 
-    def all_gates(self, x, threshold=None, decisions=None, opened=0):
+    def dense(self, x, threshold=None, decisions=None, opened=0):
         """Everything is computed, and multiplied by its gate -> logits, gates (L, B, R, U), scores
         alike. Without a threshold gates are sampled, but all of the first `opened` inputs open."""
         x, layers = self.net.blocks[0](self.net.embed(x)), []
@@ -133,17 +128,13 @@ class Model(nn.Module):
             x = x + block.drop(down((h * factor[..., None]).flatten(2)))
         return self.net.head(x), *(torch.stack(part) for part in zip(*layers))
 
-    def dense(self, x, threshold=None, decisions=None):
-        """x -> logits, gates (L, B, R, U)."""
-        return self.all_gates(x, threshold, decisions)[:2]
-
     def loss(self, x, y, progress):
         """What training minimises (with reinforce it has the gradient), numbers for the bar."""
         if progress < 0.2:
             loss = F.cross_entropy(self.net(x).movedim(-1, 1), y)
             return loss, dict(loss=loss)
         n = len(x) // 8
-        logits, gates, z = self.all_gates(x, opened=n)
+        logits, gates, z = self.dense(x, opened=n)
         each = F.cross_entropy(logits.movedim(-1, 1), y, reduction="none")
         macs = self.count_macs(gates[:, n:])[0] / self.net.macs                 # (B - n,)
         budget = max(self.budget, 1 - (1 - self.budget) * (progress - 0.2) / 0.3)
@@ -151,7 +142,7 @@ class Model(nn.Module):
         loss = each.mean() + self.budget_weight * excess.square()
         if self.estimator == "reinforce":
             with torch.no_grad():       # greedy gates are the baseline, for the loss and for MACs
-                greedy, best = self.dense(x[n:], 0.0)
+                greedy, best, _ = self.dense(x[n:], 0.0)
                 better = F.cross_entropy(greedy.movedim(-1, 1), y[n:], reduction="none") - each[n:]
                 cheaper = self.count_macs(best)[0] / self.net.macs - macs
             advantage = (len(macs) / len(x) * better.reshape(len(macs), -1).mean(1)
@@ -162,7 +153,7 @@ class Model(nn.Module):
 
     def masked(self, x, threshold=None, decisions=None):
         """Computes everything, counts what was open -> logits, macs (B,), token_macs (B, T)."""
-        logits, gates = self.dense(x, threshold, decisions)
+        logits, gates, _ = self.dense(x, threshold, decisions)
         return logits, *self.count_macs(gates.long())
 
     def skipping(self, x, threshold):
@@ -193,7 +184,6 @@ class Model(nn.Module):
         token_macs = token_macs.expand(-1, len(self.net.position))
         return self.net.example_macs + self.gate_macs + token_macs.sum(1), token_macs
 
-
 def mutual_information(gates, label):
     """gates (N, G) of true and false, label (N,) -> bits (G,) that a gate tells about the label:
     H(p(open)) - sum_c p(c) H(p(open given c))."""
@@ -203,7 +193,6 @@ def mutual_information(gates, label):
     classes, counts = np.unique(label, return_counts=True)
     p_open = np.stack([gates[label == c].mean(0) for c in classes])             # (c, G)
     return entropy(gates.mean(0)) - counts / len(label) @ entropy(p_open)
-
 
 def gradient_noise(model, x, y, estimator, repeats=30):
     """Root of the total variance, over repeats on one batch, of an estimator's gradient of the task
@@ -216,7 +205,6 @@ def gradient_noise(model, x, y, estimator, repeats=30):
     variance = gradients.var(0).sum()
     square = gradients.mean(0).square().sum() - variance / repeats      # the mean is noisy, too
     return round((variance / square).sqrt().item(), 2)
-
 
 def main(cfg):
     log = output_path(cfg, "logs", ".npz")
@@ -248,48 +236,37 @@ def main(cfg):
           f"noise of the gates' gradient: {noise}", f"wrote {log} and {picture}", sep="\n")
 
 
-# Below: identical in the four scripts that have a budget.
+# Below: identical in every script (budgets: in four of the five); read it once.
 
 # === shared: budgets ===
 BUDGETS = (0.35, 0.5, 0.6, 0.7, 0.85)    # shares of the static network's MACs
 
-
 def calibrate(model, split, budget):
-    """The threshold at which `masked` spends a budget, or next above it, by bisection."""
-    few = [part[:2000] for part in split]    # enough for a mean
-    low, high = np.arcsinh([model.cheapest, model.full])    # the ends may be far
-    for _ in range(15):
-        middle = (low + high) / 2
-        spent = evaluate(model, model.masked, few, math.sinh(middle))["means"]["budget"]
-        if abs(spent - budget) < 0.003:
-            return math.sinh(middle)
-        if spent < budget:
-            low = middle
-        else:
-            high = middle
-    return math.sinh(high)
+    """Of 8192 thresholds the first, from the cheapest to the full, that spends a budget."""
+    def spend(threshold):
+        few = [part[:2000] for part in split]    # enough for a mean
+        return evaluate(model, model.masked, few, threshold)["means"]["budget"]
 
+    ends = np.arcsinh([model.cheapest, model.full])    # they may be far
+    grid = np.sinh(np.linspace(*ends, 8192)).tolist()
+    return grid[bisect.bisect_left(grid, budget, hi=8191, key=spend)]
 
 def sweep_budgets(model, data):
-    """Results at BUDGETS in reach and in full, and means of the random control."""
+    """Results at the BUDGETS in reach and in full, and means of the random control."""
     def control(x, threshold):    # decisions of another example
-        _, decisions = model.dense(x, threshold)
+        decisions = model.dense(x, threshold)[1]
         return model.masked(x, decisions=[each.flip(0) for each in decisions])
 
-    few = [part[:1000] for part in data["calibration"]]
-    least, most = (evaluate(model, model.masked, few, end)["means"]["budget"]
-                   for end in (model.cheapest, model.full))
-    thresholds = [calibrate(model, data["calibration"], budget)
-                  for budget in BUDGETS if least < budget < most]
     sweep, random = [], []
-    for threshold in tqdm([*thresholds, model.full], "sweep"):
-        sweep.append(evaluate(model, model.skipping, data["test"], threshold))
-        random.append(evaluate(model, control, data["test"], threshold)["means"])
+    for budget in tqdm([*BUDGETS, math.inf], "sweep"):
+        full = budget == math.inf
+        threshold = model.full if full else calibrate(model, data["calibration"], budget)
+        result = evaluate(model, model.skipping, data["test"], threshold)
+        if full or abs(result["means"]["budget"] - budget) < 0.02:
+            sweep.append(result)
+            random.append(evaluate(model, control, data["test"], threshold)["means"])
     return sweep, random
 # === end shared ===
-
-
-# Below: identical in all five scripts; read it once.
 
 # === shared: static network ===
 class Block(nn.Module):
@@ -313,7 +290,6 @@ class Block(nn.Module):
 
     def forward(self, x):
         return x + self.drop(self.mlp(self.mix(x)))
-
 
 class StaticNet(nn.Module):
     """Bytes: images (B, 3, 32, 32) -> logits (B, K), text (B, T) -> logits (B, T, K)."""
@@ -349,7 +325,6 @@ class StaticNet(nn.Module):
         return self.head(self.blocks(self.embed(x)))
 # === end shared ===
 
-
 # === shared: options and data ===
 SIZES = {   # of images, and of text
     "tiny": (dict(width=32, depth=4, batch=64, epochs=1.75, dropout=0.0, tokens=64, classes=10),
@@ -363,7 +338,6 @@ CIFAR10 = ("cifar-10-binary.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar-10-
 SHAKESPEARE = ("tinyshakespeare.txt", "https://raw.githubusercontent.com/karpathy/char-rnn/master/"
                "data/tinyshakespeare/input.txt",
                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
-
 
 def parse(parser, argv):    # adds what all scripts have -> namespace
     parser.usage = "%(prog)s [options]"
@@ -380,22 +354,18 @@ def parse(parser, argv):    # adds what all scripts have -> namespace
     add("--lr", type=float, default=0.02, help="peak rate of Muon; AdamW has a fifth")
     add("--seed", type=int, default=0, help="of weights, batches and noise")
     add("--device", choices=devices, default=devices[0], help="default: cuda if there is one")
-    add("--bf16", action=argparse.BooleanOptionalAction, default="cuda" in devices,
-        help="train in bfloat16 (default: with CUDA)")
     add("--data", default="data", help="folder of the data sets")
     add("--out", default=".", help="folder of logs/ and figures/")
     add("--name", default=SCRIPT, help="of this run and its files")
     add("--load", metavar="FILE", help="evaluate the .pt of an earlier run, without training")
     cfg = parser.parse_args(argv)
     text = cfg.dataset in ("shakespeare", "pydoc")
-    known = load(cfg.load) if cfg.load else SIZES[cfg.size][text]
+    known = load(cfg.load) if cfg.load else SIZES[cfg.size][text] | dict(text=text)
     cfg = parser.parse_args(argv, argparse.Namespace(**known))
-    cfg.text = cfg.dataset in ("shakespeare", "pydoc")
     for key, least in dict(width=1, depth=1, epochs=1e-3, lr=1e-6, seed=0).items():
         if not least <= getattr(cfg, key) < 1e6:
             parser.error(f"--{key} must be at least {least} and below a million")
     return cfg
-
 
 def download(folder, name, url, sha256):    # -> path of a file that is the published one
     path = Path(folder, name)
@@ -406,7 +376,6 @@ def download(folder, name, url, sha256):    # -> path of a file that is the publ
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise OSError(f"{path} is not the published file; delete it and run again")
     return path
-
 
 def draw_shapes(count):
     """Grey flowers with 1 to 10 lobes, which difficulty makes faint and noisy."""
@@ -420,7 +389,6 @@ def draw_shapes(count):
     grey = 127 + 100 * (1 - 0.9 * difficulty) * flower + 40 * difficulty * noise
     images = torch.tensor(grey.clip(0, 255)).byte().expand(-1, 3, -1, -1)
     return images, torch.tensor(label.ravel()), difficulty.ravel()
-
 
 def load_data(cfg):
     """{"train", "calibration", "test": (x, y)}, bytes: images (N, 3, 32, 32) and labels (N,), or
@@ -454,7 +422,6 @@ def load_data(cfg):
         splits = zip(*(part.to(cfg.device).tensor_split(ends) for part in (x, y)))
     return data | dict(zip(("train", "calibration", "test"), splits))
 
-
 def training_batches(data, cfg):
     """Endless (x, y): images shifted and flipped, a text cut at other places."""
     random = dict(generator=torch.Generator(cfg.device).manual_seed(cfg.seed), device=cfg.device)
@@ -475,7 +442,6 @@ def training_batches(data, cfg):
             yield batch, y[index].long()
 # === end shared ===
 
-
 # === shared: from training to log ===
 def train(model, data, cfg):
     """Muon for the matrices of blocks, AdamW for all else -> seconds."""
@@ -488,7 +454,7 @@ def train(model, data, cfg):
     bar = tqdm(zip(range(steps), training_batches(data, cfg)), f"{cfg.name}, {cfg.size}", steps)
     model.train()
     for step, (x, y) in bar:
-        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
+        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.device == "cuda"):
             loss, shown = model.loss(x, y, step / steps)
         model.zero_grad()
         loss.backward()
@@ -504,7 +470,6 @@ def train(model, data, cfg):
     model.eval()
     return bar.format_dict["elapsed"]
 
-
 @torch.no_grad()
 def evaluate(model, run, split, threshold):
     """run, such as model.skipping, over a split -> arrays, and their means."""
@@ -519,7 +484,6 @@ def evaluate(model, run, split, threshold):
     return dict(label=y, prediction=answer, correct=y == answer, loss=loss, macs=macs,
                 token_macs=token_macs, threshold=threshold, means=means)
 
-
 @torch.no_grad()
 def wall_clock(cfg, model, x, threshold):
     """Median milliseconds of the static network and of `skipping`."""
@@ -532,12 +496,10 @@ def wall_clock(cfg, model, x, threshold):
         seconds.setdefault(f"{name}_ms_batch_{batch}", []).append(time.perf_counter() - began)
     return {key: 1000 * float(np.median(each[3:])) for key, each in seconds.items()}
 
-
 def output_path(cfg, kind, suffix):    # in a folder that it makes
     path = Path(cfg.out, kind, f"{cfg.dataset}-{cfg.size}", f"{cfg.name}-s{cfg.seed}{suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
-
 
 def load(path, model=None):    # -> options of a run, whose weights go into the model
     try:
@@ -548,11 +510,9 @@ def load(path, model=None):    # -> options of a run, whose weights go into the 
     except Exception as error:    # the file can be anything
         raise OSError(f"--load {path}: {' '.join(str(error).split())[:200]}")
 
-
 def save(log, cfg, data, model, result, sweep, **extra):
     """Write the weights and the log of a run (README: The log), print its means."""
-    here = ("data", "out", "load", "device", "bf16")
-    options = {key: value for key, value in vars(cfg).items() if key not in here}
+    options = {key: vars(cfg)[key] for key in vars(cfg).keys() - {"data", "out", "load", "device"}}
     again = options | dict(name=f"{cfg.name}_loaded")    # so --load overwrites nothing
     torch.save(dict(options=again, state_dict=model.state_dict()), log.with_suffix(".pt"))
     test = b"".join(part.cpu().numpy().tobytes() for part in data["test"])

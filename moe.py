@@ -18,6 +18,7 @@ Papers: Shazeer et al. 2017; Fedus et al. 2021 (Switch); Zoph et al. 2022 (ST-Mo
 et al. 2024 (top_p); Dai et al. 2024 (DeepSeekMoE, shared); Wang et al. 2024 (ReMoE, relu).
 """
 import argparse
+import bisect
 import hashlib
 import itertools
 import json
@@ -36,14 +37,13 @@ from tqdm import tqdm
 
 SCRIPT = "moe"
 
-
 def options(argv=None):
     """The command line, or a list of strings -> namespace."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--budget", type=float, default=0.5, help="mean MACs, as a share of the static network's")
     add("--routing", choices=["top_p", "top_k", "relu"], default="relu", help="which experts run")
-    add("--experts", type=int, default=8, help="that a router chooses from, in each layer")
+    add("--experts", type=int, default=4, help="that a router chooses from, in each layer")
     add("--hidden", type=int, help="neurons of an expert (default: the width)")
     add("--balance", type=float, default=0.01, help="weight of the balance loss (relu: on or off)")
     cfg = parse(parser, argv)
@@ -67,21 +67,11 @@ def weigh(scores, routing):
     assert routing == "top_p", f"{routing!r} is none of top_p, top_k, relu"
     return p, torch.zeros_like(p).scatter(-1, order, ranked.cumsum(-1) - ranked)
 
-
-def threshold_for(needed, k):
-    """needed (..., E) -> the threshold at which a token runs k experts on average."""
-    count = round(k * needed[..., 0].numel())
-    if count >= needed.numel():
-        return needed.new_tensor(1.001)             # above all
-    return needed.flatten().kthvalue(count + 1).values
-
-
 def balance_loss(p, chosen):
     """E * sum_e f_e P_e of Switch: p, chosen (..., N, E) -> (...), over the N tokens. f, the share
     of e in all that was chosen, has no gradient; P is the mean of p, a softmax: 1 if f is even."""
     f = chosen.detach().float().mean(-2)
     return p.shape[-1] * (f / f.sum(-1, keepdim=True).clamp_min(1e-9) * p.mean(-2)).sum(-1)
-
 
 class Router(nn.Module):
     """x (..., C) -> scores (..., E), in float32 under autocast, too."""
@@ -93,7 +83,6 @@ class Router(nn.Module):
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
             return self.out(x.to(self.out.weight.dtype))
-
 
 class Experts(nn.Module):
     """E experts of h neurons, and a shared one of half the size, with the layer's output bias."""
@@ -121,7 +110,6 @@ class Experts(nn.Module):
         y = y * weight[token, expert, None].to(y.dtype)
         return self.shared(tokens).index_add(0, token, y).view_as(x)
 
-
 class Model(nn.Module):
     """The static network with experts in place of every MLP."""
 
@@ -144,7 +132,7 @@ class Model(nn.Module):
         self.register_buffer("threshold", torch.tensor(0.0 if relu else self.k / E))
         self.register_buffer("penalty", torch.tensor(1e-3))             # on weights, for relu
 
-    def all_experts(self, x, threshold=None, decisions=None, dispatch=False):
+    def dense(self, x, threshold=None, decisions=None, dispatch=False):
         """Runs all experts, or with dispatch only the chosen -> logits, and for all layers chosen,
         scores and need (L, B, T, E). threshold None: that of training."""
         x, layers = self.net.embed(x), []
@@ -163,13 +151,9 @@ class Model(nn.Module):
             x = x + block.drop(run(h, weight * chosen))
         return self.net.head(x), *(torch.stack(part) for part in zip(*layers))
 
-    def dense(self, x, threshold=None, decisions=None):
-        """x -> logits, chosen (L, B, T, E)."""
-        return self.all_experts(x, threshold, decisions)[:2]
-
     def loss(self, x, y, progress):
         """What training minimises, and numbers for the progress bar."""
-        logits, chosen, scores, needed = self.all_experts(x, dispatch=True)
+        logits, chosen, scores, needed = self.dense(x, dispatch=True)
         loss, run = F.cross_entropy(logits.movedim(-1, 1), y), chosen.sum(-1).mean()
         shown = dict(loss=loss, experts=run)
         if self.routing == "relu":
@@ -179,21 +163,20 @@ class Model(nn.Module):
             used = balance_loss(scores.relu().flatten(1, 2), counted.flatten(1, 2)).mean()
             return loss + self.penalty * used, shown
         if self.training:
-            self.threshold.lerp_(threshold_for(needed, self.k), 0.1)
-        p, log_p = scores.softmax(-1), scores.log_softmax(-1)
+            self.threshold.lerp_(needed.quantile(self.k / needed.shape[-1]), 0.1)
+        p = scores.softmax(-1)
         balance = balance_loss(p.flatten(1, 2), chosen.flatten(1, 2)).mean()
         small = scores.logsumexp(-1).square().mean()                # keeps scores small
-        entropy = -(p * log_p).sum(-1).mean()                       # keeps the router decided
-        return loss + self.balance * balance + 1e-3 * small + 1e-4 * entropy, shown
+        return loss + self.balance * balance + 1e-3 * small, shown
 
     def masked(self, x, threshold=None, decisions=None):
         """Computes everything, counts what was chosen -> logits, macs (B,), token_macs (B, T)."""
-        logits, chosen = self.dense(x, threshold, decisions)
+        logits, chosen, _, _ = self.dense(x, threshold, decisions)
         return logits, *self.count_macs(chosen.long())
 
     def skipping(self, x, threshold):
         """Every expert is given its own tokens and no others -> logits, macs, token_macs."""
-        logits, chosen, _, _ = self.all_experts(x, threshold, dispatch=True)
+        logits, chosen, _, _ = self.dense(x, threshold, dispatch=True)
         return logits, *self.count_macs(chosen.long())
 
     def count_macs(self, decisions):
@@ -202,7 +185,6 @@ class Model(nn.Module):
         token_macs = self.fixed_macs + count * self.expert_macs
         return self.net.example_macs + token_macs.sum(1), token_macs
 
-
 def specialisation(chosen, kind):
     """chosen (L, N T, E), kind (N T,) -> mutual information of expert and kind, bits (L,)."""
     both = np.stack([chosen[:, kind == each].sum(1) for each in np.unique(kind)])   # (kinds, L, E)
@@ -210,7 +192,6 @@ def specialisation(chosen, kind):
     apart = both.sum(0, keepdims=True) * both.sum(2, keepdims=True)
     ratio = np.where(both > 0, both / np.maximum(apart, 1e-30), 1)
     return (both * np.log2(ratio)).sum((0, 2)).round(3)
-
 
 def main(cfg):
     log = output_path(cfg, "logs", ".npz")
@@ -242,48 +223,37 @@ def main(cfg):
     print(f"dead experts: {(work == 0).sum()} of {work.size}; wrote {log} and {picture}")
 
 
-# Below: identical in the four scripts that have a budget.
+# Below: identical in every script (budgets: in four of the five); read it once.
 
 # === shared: budgets ===
 BUDGETS = (0.35, 0.5, 0.6, 0.7, 0.85)    # shares of the static network's MACs
 
-
 def calibrate(model, split, budget):
-    """The threshold at which `masked` spends a budget, or next above it, by bisection."""
-    few = [part[:2000] for part in split]    # enough for a mean
-    low, high = np.arcsinh([model.cheapest, model.full])    # the ends may be far
-    for _ in range(15):
-        middle = (low + high) / 2
-        spent = evaluate(model, model.masked, few, math.sinh(middle))["means"]["budget"]
-        if abs(spent - budget) < 0.003:
-            return math.sinh(middle)
-        if spent < budget:
-            low = middle
-        else:
-            high = middle
-    return math.sinh(high)
+    """Of 8192 thresholds the first, from the cheapest to the full, that spends a budget."""
+    def spend(threshold):
+        few = [part[:2000] for part in split]    # enough for a mean
+        return evaluate(model, model.masked, few, threshold)["means"]["budget"]
 
+    ends = np.arcsinh([model.cheapest, model.full])    # they may be far
+    grid = np.sinh(np.linspace(*ends, 8192)).tolist()
+    return grid[bisect.bisect_left(grid, budget, hi=8191, key=spend)]
 
 def sweep_budgets(model, data):
-    """Results at BUDGETS in reach and in full, and means of the random control."""
+    """Results at the BUDGETS in reach and in full, and means of the random control."""
     def control(x, threshold):    # decisions of another example
-        _, decisions = model.dense(x, threshold)
+        decisions = model.dense(x, threshold)[1]
         return model.masked(x, decisions=[each.flip(0) for each in decisions])
 
-    few = [part[:1000] for part in data["calibration"]]
-    least, most = (evaluate(model, model.masked, few, end)["means"]["budget"]
-                   for end in (model.cheapest, model.full))
-    thresholds = [calibrate(model, data["calibration"], budget)
-                  for budget in BUDGETS if least < budget < most]
     sweep, random = [], []
-    for threshold in tqdm([*thresholds, model.full], "sweep"):
-        sweep.append(evaluate(model, model.skipping, data["test"], threshold))
-        random.append(evaluate(model, control, data["test"], threshold)["means"])
+    for budget in tqdm([*BUDGETS, math.inf], "sweep"):
+        full = budget == math.inf
+        threshold = model.full if full else calibrate(model, data["calibration"], budget)
+        result = evaluate(model, model.skipping, data["test"], threshold)
+        if full or abs(result["means"]["budget"] - budget) < 0.02:
+            sweep.append(result)
+            random.append(evaluate(model, control, data["test"], threshold)["means"])
     return sweep, random
 # === end shared ===
-
-
-# Below: identical in all five scripts; read it once.
 
 # === shared: static network ===
 class Block(nn.Module):
@@ -307,7 +277,6 @@ class Block(nn.Module):
 
     def forward(self, x):
         return x + self.drop(self.mlp(self.mix(x)))
-
 
 class StaticNet(nn.Module):
     """Bytes: images (B, 3, 32, 32) -> logits (B, K), text (B, T) -> logits (B, T, K)."""
@@ -343,7 +312,6 @@ class StaticNet(nn.Module):
         return self.head(self.blocks(self.embed(x)))
 # === end shared ===
 
-
 # === shared: options and data ===
 SIZES = {   # of images, and of text
     "tiny": (dict(width=32, depth=4, batch=64, epochs=1.75, dropout=0.0, tokens=64, classes=10),
@@ -357,7 +325,6 @@ CIFAR10 = ("cifar-10-binary.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar-10-
 SHAKESPEARE = ("tinyshakespeare.txt", "https://raw.githubusercontent.com/karpathy/char-rnn/master/"
                "data/tinyshakespeare/input.txt",
                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
-
 
 def parse(parser, argv):    # adds what all scripts have -> namespace
     parser.usage = "%(prog)s [options]"
@@ -374,22 +341,18 @@ def parse(parser, argv):    # adds what all scripts have -> namespace
     add("--lr", type=float, default=0.02, help="peak rate of Muon; AdamW has a fifth")
     add("--seed", type=int, default=0, help="of weights, batches and noise")
     add("--device", choices=devices, default=devices[0], help="default: cuda if there is one")
-    add("--bf16", action=argparse.BooleanOptionalAction, default="cuda" in devices,
-        help="train in bfloat16 (default: with CUDA)")
     add("--data", default="data", help="folder of the data sets")
     add("--out", default=".", help="folder of logs/ and figures/")
     add("--name", default=SCRIPT, help="of this run and its files")
     add("--load", metavar="FILE", help="evaluate the .pt of an earlier run, without training")
     cfg = parser.parse_args(argv)
     text = cfg.dataset in ("shakespeare", "pydoc")
-    known = load(cfg.load) if cfg.load else SIZES[cfg.size][text]
+    known = load(cfg.load) if cfg.load else SIZES[cfg.size][text] | dict(text=text)
     cfg = parser.parse_args(argv, argparse.Namespace(**known))
-    cfg.text = cfg.dataset in ("shakespeare", "pydoc")
     for key, least in dict(width=1, depth=1, epochs=1e-3, lr=1e-6, seed=0).items():
         if not least <= getattr(cfg, key) < 1e6:
             parser.error(f"--{key} must be at least {least} and below a million")
     return cfg
-
 
 def download(folder, name, url, sha256):    # -> path of a file that is the published one
     path = Path(folder, name)
@@ -400,7 +363,6 @@ def download(folder, name, url, sha256):    # -> path of a file that is the publ
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise OSError(f"{path} is not the published file; delete it and run again")
     return path
-
 
 def draw_shapes(count):
     """Grey flowers with 1 to 10 lobes, which difficulty makes faint and noisy."""
@@ -414,7 +376,6 @@ def draw_shapes(count):
     grey = 127 + 100 * (1 - 0.9 * difficulty) * flower + 40 * difficulty * noise
     images = torch.tensor(grey.clip(0, 255)).byte().expand(-1, 3, -1, -1)
     return images, torch.tensor(label.ravel()), difficulty.ravel()
-
 
 def load_data(cfg):
     """{"train", "calibration", "test": (x, y)}, bytes: images (N, 3, 32, 32) and labels (N,), or
@@ -448,7 +409,6 @@ def load_data(cfg):
         splits = zip(*(part.to(cfg.device).tensor_split(ends) for part in (x, y)))
     return data | dict(zip(("train", "calibration", "test"), splits))
 
-
 def training_batches(data, cfg):
     """Endless (x, y): images shifted and flipped, a text cut at other places."""
     random = dict(generator=torch.Generator(cfg.device).manual_seed(cfg.seed), device=cfg.device)
@@ -469,7 +429,6 @@ def training_batches(data, cfg):
             yield batch, y[index].long()
 # === end shared ===
 
-
 # === shared: from training to log ===
 def train(model, data, cfg):
     """Muon for the matrices of blocks, AdamW for all else -> seconds."""
@@ -482,7 +441,7 @@ def train(model, data, cfg):
     bar = tqdm(zip(range(steps), training_batches(data, cfg)), f"{cfg.name}, {cfg.size}", steps)
     model.train()
     for step, (x, y) in bar:
-        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
+        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.device == "cuda"):
             loss, shown = model.loss(x, y, step / steps)
         model.zero_grad()
         loss.backward()
@@ -498,7 +457,6 @@ def train(model, data, cfg):
     model.eval()
     return bar.format_dict["elapsed"]
 
-
 @torch.no_grad()
 def evaluate(model, run, split, threshold):
     """run, such as model.skipping, over a split -> arrays, and their means."""
@@ -513,7 +471,6 @@ def evaluate(model, run, split, threshold):
     return dict(label=y, prediction=answer, correct=y == answer, loss=loss, macs=macs,
                 token_macs=token_macs, threshold=threshold, means=means)
 
-
 @torch.no_grad()
 def wall_clock(cfg, model, x, threshold):
     """Median milliseconds of the static network and of `skipping`."""
@@ -526,12 +483,10 @@ def wall_clock(cfg, model, x, threshold):
         seconds.setdefault(f"{name}_ms_batch_{batch}", []).append(time.perf_counter() - began)
     return {key: 1000 * float(np.median(each[3:])) for key, each in seconds.items()}
 
-
 def output_path(cfg, kind, suffix):    # in a folder that it makes
     path = Path(cfg.out, kind, f"{cfg.dataset}-{cfg.size}", f"{cfg.name}-s{cfg.seed}{suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
-
 
 def load(path, model=None):    # -> options of a run, whose weights go into the model
     try:
@@ -542,11 +497,9 @@ def load(path, model=None):    # -> options of a run, whose weights go into the 
     except Exception as error:    # the file can be anything
         raise OSError(f"--load {path}: {' '.join(str(error).split())[:200]}")
 
-
 def save(log, cfg, data, model, result, sweep, **extra):
     """Write the weights and the log of a run (README: The log), print its means."""
-    here = ("data", "out", "load", "device", "bf16")
-    options = {key: value for key, value in vars(cfg).items() if key not in here}
+    options = {key: vars(cfg)[key] for key in vars(cfg).keys() - {"data", "out", "load", "device"}}
     again = options | dict(name=f"{cfg.name}_loaded")    # so --load overwrites nothing
     torch.save(dict(options=again, state_dict=model.state_dict()), log.with_suffix(".pt"))
     test = b"".join(part.cpu().numpy().tobytes() for part in data["test"])

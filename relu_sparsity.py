@@ -33,7 +33,6 @@ from tqdm import tqdm
 
 SCRIPT = "relu_sparsity"
 
-
 def options(argv=None):
     """The command line, or a list of strings -> namespace."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -50,14 +49,12 @@ def hoyer(h):
     h = h.float()
     return (h.sum(-1).square() / (h.shape[-1] * h.square().sum(-1) + 1e-9)).mean()
 
-
 def sparse_product(h, weight):
     """h (N, H) @ weight (H, C) -> (N, C). For each row of h, embedding_bag adds up the rows of
     `weight` whose neuron fired, each times its activation: C MACs for each number that is not 0."""
     row, neuron = h.nonzero(as_tuple=True)
     start = torch.searchsorted(row, torch.arange(len(h), device=h.device))      # first of each row
     return F.embedding_bag(neuron, weight, start, mode="sum", per_sample_weights=h[row, neuron])
-
 
 class Model(nn.Module):
     """The static network. A neuron fires if h > threshold: 0 is the network as it was trained."""
@@ -110,7 +107,6 @@ class Model(nn.Module):
         token_macs = self.net.token_macs - silent * self.net.out.in_features
         return self.net.example_macs + token_macs.sum(1), token_macs
 
-
 @torch.no_grad()
 def measure_density(model, x):
     """Share of activations above zero: by example and layer (N, L), by layer and neuron (L, H)."""
@@ -120,7 +116,6 @@ def measure_density(model, x):
         by_example.append(fired.float().mean((2, 3)))
         by_neuron += fired.sum((0, 2))
     return torch.cat(by_example).cpu().numpy(), by_neuron.cpu().numpy() / len(x) / fired.shape[2]
-
 
 def main(cfg):
     log = output_path(cfg, "logs", ".npz")
@@ -150,7 +145,7 @@ def main(cfg):
     print(f"oracle bound: {density['oracle_bound']:.3f} of the MACs; wrote {log} and {picture}")
 
 
-# Below: identical in all five scripts; read it once.
+# Below: identical in every script (budgets: in four of the five); read it once.
 
 # === shared: static network ===
 class Block(nn.Module):
@@ -174,7 +169,6 @@ class Block(nn.Module):
 
     def forward(self, x):
         return x + self.drop(self.mlp(self.mix(x)))
-
 
 class StaticNet(nn.Module):
     """Bytes: images (B, 3, 32, 32) -> logits (B, K), text (B, T) -> logits (B, T, K)."""
@@ -210,7 +204,6 @@ class StaticNet(nn.Module):
         return self.head(self.blocks(self.embed(x)))
 # === end shared ===
 
-
 # === shared: options and data ===
 SIZES = {   # of images, and of text
     "tiny": (dict(width=32, depth=4, batch=64, epochs=1.75, dropout=0.0, tokens=64, classes=10),
@@ -224,7 +217,6 @@ CIFAR10 = ("cifar-10-binary.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar-10-
 SHAKESPEARE = ("tinyshakespeare.txt", "https://raw.githubusercontent.com/karpathy/char-rnn/master/"
                "data/tinyshakespeare/input.txt",
                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
-
 
 def parse(parser, argv):    # adds what all scripts have -> namespace
     parser.usage = "%(prog)s [options]"
@@ -241,22 +233,18 @@ def parse(parser, argv):    # adds what all scripts have -> namespace
     add("--lr", type=float, default=0.02, help="peak rate of Muon; AdamW has a fifth")
     add("--seed", type=int, default=0, help="of weights, batches and noise")
     add("--device", choices=devices, default=devices[0], help="default: cuda if there is one")
-    add("--bf16", action=argparse.BooleanOptionalAction, default="cuda" in devices,
-        help="train in bfloat16 (default: with CUDA)")
     add("--data", default="data", help="folder of the data sets")
     add("--out", default=".", help="folder of logs/ and figures/")
     add("--name", default=SCRIPT, help="of this run and its files")
     add("--load", metavar="FILE", help="evaluate the .pt of an earlier run, without training")
     cfg = parser.parse_args(argv)
     text = cfg.dataset in ("shakespeare", "pydoc")
-    known = load(cfg.load) if cfg.load else SIZES[cfg.size][text]
+    known = load(cfg.load) if cfg.load else SIZES[cfg.size][text] | dict(text=text)
     cfg = parser.parse_args(argv, argparse.Namespace(**known))
-    cfg.text = cfg.dataset in ("shakespeare", "pydoc")
     for key, least in dict(width=1, depth=1, epochs=1e-3, lr=1e-6, seed=0).items():
         if not least <= getattr(cfg, key) < 1e6:
             parser.error(f"--{key} must be at least {least} and below a million")
     return cfg
-
 
 def download(folder, name, url, sha256):    # -> path of a file that is the published one
     path = Path(folder, name)
@@ -267,7 +255,6 @@ def download(folder, name, url, sha256):    # -> path of a file that is the publ
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise OSError(f"{path} is not the published file; delete it and run again")
     return path
-
 
 def draw_shapes(count):
     """Grey flowers with 1 to 10 lobes, which difficulty makes faint and noisy."""
@@ -281,7 +268,6 @@ def draw_shapes(count):
     grey = 127 + 100 * (1 - 0.9 * difficulty) * flower + 40 * difficulty * noise
     images = torch.tensor(grey.clip(0, 255)).byte().expand(-1, 3, -1, -1)
     return images, torch.tensor(label.ravel()), difficulty.ravel()
-
 
 def load_data(cfg):
     """{"train", "calibration", "test": (x, y)}, bytes: images (N, 3, 32, 32) and labels (N,), or
@@ -315,7 +301,6 @@ def load_data(cfg):
         splits = zip(*(part.to(cfg.device).tensor_split(ends) for part in (x, y)))
     return data | dict(zip(("train", "calibration", "test"), splits))
 
-
 def training_batches(data, cfg):
     """Endless (x, y): images shifted and flipped, a text cut at other places."""
     random = dict(generator=torch.Generator(cfg.device).manual_seed(cfg.seed), device=cfg.device)
@@ -336,7 +321,6 @@ def training_batches(data, cfg):
             yield batch, y[index].long()
 # === end shared ===
 
-
 # === shared: from training to log ===
 def train(model, data, cfg):
     """Muon for the matrices of blocks, AdamW for all else -> seconds."""
@@ -349,7 +333,7 @@ def train(model, data, cfg):
     bar = tqdm(zip(range(steps), training_batches(data, cfg)), f"{cfg.name}, {cfg.size}", steps)
     model.train()
     for step, (x, y) in bar:
-        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
+        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.device == "cuda"):
             loss, shown = model.loss(x, y, step / steps)
         model.zero_grad()
         loss.backward()
@@ -365,7 +349,6 @@ def train(model, data, cfg):
     model.eval()
     return bar.format_dict["elapsed"]
 
-
 @torch.no_grad()
 def evaluate(model, run, split, threshold):
     """run, such as model.skipping, over a split -> arrays, and their means."""
@@ -380,7 +363,6 @@ def evaluate(model, run, split, threshold):
     return dict(label=y, prediction=answer, correct=y == answer, loss=loss, macs=macs,
                 token_macs=token_macs, threshold=threshold, means=means)
 
-
 @torch.no_grad()
 def wall_clock(cfg, model, x, threshold):
     """Median milliseconds of the static network and of `skipping`."""
@@ -393,12 +375,10 @@ def wall_clock(cfg, model, x, threshold):
         seconds.setdefault(f"{name}_ms_batch_{batch}", []).append(time.perf_counter() - began)
     return {key: 1000 * float(np.median(each[3:])) for key, each in seconds.items()}
 
-
 def output_path(cfg, kind, suffix):    # in a folder that it makes
     path = Path(cfg.out, kind, f"{cfg.dataset}-{cfg.size}", f"{cfg.name}-s{cfg.seed}{suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
-
 
 def load(path, model=None):    # -> options of a run, whose weights go into the model
     try:
@@ -409,11 +389,9 @@ def load(path, model=None):    # -> options of a run, whose weights go into the 
     except Exception as error:    # the file can be anything
         raise OSError(f"--load {path}: {' '.join(str(error).split())[:200]}")
 
-
 def save(log, cfg, data, model, result, sweep, **extra):
     """Write the weights and the log of a run (README: The log), print its means."""
-    here = ("data", "out", "load", "device", "bf16")
-    options = {key: value for key, value in vars(cfg).items() if key not in here}
+    options = {key: vars(cfg)[key] for key in vars(cfg).keys() - {"data", "out", "load", "device"}}
     again = options | dict(name=f"{cfg.name}_loaded")    # so --load overwrites nothing
     torch.save(dict(options=again, state_dict=model.state_dict()), log.with_suffix(".pt"))
     test = b"".join(part.cpu().numpy().tobytes() for part in data["test"])

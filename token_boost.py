@@ -21,6 +21,7 @@ Papers: Wójcik et al. 2023, Adaptive Computation Modules; Yu et al. 2019 (the s
 Deviations: learners are slices of the MLP itself; a price in place of budget and entropy losses.
 """
 import argparse
+import bisect
 import hashlib
 import itertools
 import json
@@ -38,7 +39,6 @@ from torch import nn
 from tqdm import tqdm
 
 SCRIPT = "token_boost"
-
 
 def options(argv=None):
     """The command line, or a list of strings -> namespace."""
@@ -72,7 +72,6 @@ class Gate(nn.Module):
             z = z + torch.rand_like(z).logit(1e-6)      # > price with chance sigmoid(z - price)
         return z.cummin(-1).values
 
-
 class BoostedMLP(nn.Module):
     """C -> H -> ReLU -> C, of which learner n is a slice of the hidden neurons."""
 
@@ -98,17 +97,6 @@ class BoostedMLP(nn.Module):
             y[wants] = F.linear(h, self.down.weight[:, :some], self.down.bias).to(y.dtype)
         return y
 
-    @torch.no_grad()
-    def sort(self, x):
-        """Put first the neurons with the largest mean activation, over x (..., C), times the norm
-        of their column of W2. The MLP remains the same function."""
-        use = self.up(x).relu().flatten(0, -2).mean(0) * self.down.weight.norm(dim=0)
-        order = use.argsort(descending=True)
-        for parameter in (self.up.weight, self.up.bias):
-            parameter.copy_(parameter[order])
-        self.down.weight.copy_(self.down.weight[:, order])
-
-
 class Model(nn.Module):
     """The static network with a gate in every block. A learner runs if its score is above the
     threshold, the price."""
@@ -126,12 +114,8 @@ class Model(nn.Module):
         self.register_buffer("price", torch.tensor(0.0))
 
     def dense(self, x, threshold=None, decisions=None):
-        """All learners are computed -> logits, and which of them run (L, B, T, N). Without a
-        threshold they are sampled, as training needs it."""
-        return self.all_learners(x, threshold, decisions)[:2]
-
-    def all_learners(self, x, threshold=None, decisions=None):
-        """The same, and the scores (L, B, T, N)."""
+        """All learners are computed -> logits, and which of them run, and their scores, both
+        (L, B, T, N). Without a threshold they are sampled, as training needs it."""
         x, layers, scores = self.net.embed(x), [], []
         count = torch.randint(self.learners + 1, (len(x) // 8, 1, 1), device=x.device)
         for layer, (block, gate) in enumerate(zip(self.net.blocks, self.gates)):
@@ -163,7 +147,7 @@ class Model(nn.Module):
             return loss, dict(loss=loss)
         if not self.sorted:
             self.sort(x)
-        logits, runs, scores = self.all_learners(x)
+        logits, runs, scores = self.dense(x)
         loss, free = F.cross_entropy(logits.movedim(-1, 1), y), 2 * (len(x) // 8)
         macs = self.count_macs(runs[:, free:].detach())[0].mean() / self.net.macs
         self.meet(self.budget + 0.4 * torch.rand(()).item() - 0.2, scores[:, free:].detach())
@@ -179,17 +163,21 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def sort(self, x):
-        """Sort the neurons of every layer by their use on a batch."""
+        """Put first the neurons of a layer with the largest mean activation, over a batch, times
+        the norm of their column of W2. The network remains the same function."""
         x = self.net.embed(x)
         for block in self.net.blocks:
-            block.mlp.sort(block.mix(x))
+            up, down = block.mlp.up, block.mlp.down
+            use = up(block.mix(x)).relu().mean((0, 1)) * down.weight.norm(dim=0)
+            for weight in (up.weight, up.bias, down.weight.t()):
+                weight.copy_(weight[use.argsort(descending=True)])
             x = block(x)
         torch.clear_autocast_cache()            # which holds the unsorted weights
         self.sorted = True
 
     def masked(self, x, threshold=None, decisions=None):
         """Computes everything, counts what was chosen -> logits, macs (B,), token_macs (B, T)."""
-        logits, runs = self.dense(x, threshold, decisions)
+        logits, runs, _ = self.dense(x, threshold, decisions)
         return logits, *self.count_macs(runs.long())
 
     def even(self, x, count):
@@ -214,7 +202,6 @@ class Model(nn.Module):
         token_macs = self.fixed_macs + count * self.learner_macs
         return self.net.example_macs + token_macs.sum(1), token_macs
 
-
 def main(cfg):
     log = output_path(cfg, "logs", ".npz")
     picture = output_path(cfg, "figures", ".png")
@@ -237,54 +224,41 @@ def main(cfg):
     axis.set(title="share of tokens", xlabel="layer", ylabel="learners that run",
              xticks=range(cfg.depth))
     axis.figure.savefig(picture, dpi=120)
-    prefixes = [f"{k} learners for every token: accuracy {each['accuracy']:.4f}, "
-                f"loss {each['loss']:.4f}, budget {each['budget']:.3f}"
-                for k, each in enumerate(even)]
-    print(*prefixes, f"wrote {log} and {picture}", sep="\n")
+    print("loss with so many learners for every token:", *(f"{each['loss']:.3f}" for each in even))
+    print(f"wrote {log} and {picture}")
 
 
-# Below: identical in the four scripts that have a budget.
+# Below: identical in every script (budgets: in four of the five); read it once.
 
 # === shared: budgets ===
 BUDGETS = (0.35, 0.5, 0.6, 0.7, 0.85)    # shares of the static network's MACs
 
-
 def calibrate(model, split, budget):
-    """The threshold at which `masked` spends a budget, or next above it, by bisection."""
-    few = [part[:2000] for part in split]    # enough for a mean
-    low, high = np.arcsinh([model.cheapest, model.full])    # the ends may be far
-    for _ in range(15):
-        middle = (low + high) / 2
-        spent = evaluate(model, model.masked, few, math.sinh(middle))["means"]["budget"]
-        if abs(spent - budget) < 0.003:
-            return math.sinh(middle)
-        if spent < budget:
-            low = middle
-        else:
-            high = middle
-    return math.sinh(high)
+    """Of 8192 thresholds the first, from the cheapest to the full, that spends a budget."""
+    def spend(threshold):
+        few = [part[:2000] for part in split]    # enough for a mean
+        return evaluate(model, model.masked, few, threshold)["means"]["budget"]
 
+    ends = np.arcsinh([model.cheapest, model.full])    # they may be far
+    grid = np.sinh(np.linspace(*ends, 8192)).tolist()
+    return grid[bisect.bisect_left(grid, budget, hi=8191, key=spend)]
 
 def sweep_budgets(model, data):
-    """Results at BUDGETS in reach and in full, and means of the random control."""
+    """Results at the BUDGETS in reach and in full, and means of the random control."""
     def control(x, threshold):    # decisions of another example
-        _, decisions = model.dense(x, threshold)
+        decisions = model.dense(x, threshold)[1]
         return model.masked(x, decisions=[each.flip(0) for each in decisions])
 
-    few = [part[:1000] for part in data["calibration"]]
-    least, most = (evaluate(model, model.masked, few, end)["means"]["budget"]
-                   for end in (model.cheapest, model.full))
-    thresholds = [calibrate(model, data["calibration"], budget)
-                  for budget in BUDGETS if least < budget < most]
     sweep, random = [], []
-    for threshold in tqdm([*thresholds, model.full], "sweep"):
-        sweep.append(evaluate(model, model.skipping, data["test"], threshold))
-        random.append(evaluate(model, control, data["test"], threshold)["means"])
+    for budget in tqdm([*BUDGETS, math.inf], "sweep"):
+        full = budget == math.inf
+        threshold = model.full if full else calibrate(model, data["calibration"], budget)
+        result = evaluate(model, model.skipping, data["test"], threshold)
+        if full or abs(result["means"]["budget"] - budget) < 0.02:
+            sweep.append(result)
+            random.append(evaluate(model, control, data["test"], threshold)["means"])
     return sweep, random
 # === end shared ===
-
-
-# Below: identical in all five scripts; read it once.
 
 # === shared: static network ===
 class Block(nn.Module):
@@ -308,7 +282,6 @@ class Block(nn.Module):
 
     def forward(self, x):
         return x + self.drop(self.mlp(self.mix(x)))
-
 
 class StaticNet(nn.Module):
     """Bytes: images (B, 3, 32, 32) -> logits (B, K), text (B, T) -> logits (B, T, K)."""
@@ -344,7 +317,6 @@ class StaticNet(nn.Module):
         return self.head(self.blocks(self.embed(x)))
 # === end shared ===
 
-
 # === shared: options and data ===
 SIZES = {   # of images, and of text
     "tiny": (dict(width=32, depth=4, batch=64, epochs=1.75, dropout=0.0, tokens=64, classes=10),
@@ -358,7 +330,6 @@ CIFAR10 = ("cifar-10-binary.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar-10-
 SHAKESPEARE = ("tinyshakespeare.txt", "https://raw.githubusercontent.com/karpathy/char-rnn/master/"
                "data/tinyshakespeare/input.txt",
                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
-
 
 def parse(parser, argv):    # adds what all scripts have -> namespace
     parser.usage = "%(prog)s [options]"
@@ -375,22 +346,18 @@ def parse(parser, argv):    # adds what all scripts have -> namespace
     add("--lr", type=float, default=0.02, help="peak rate of Muon; AdamW has a fifth")
     add("--seed", type=int, default=0, help="of weights, batches and noise")
     add("--device", choices=devices, default=devices[0], help="default: cuda if there is one")
-    add("--bf16", action=argparse.BooleanOptionalAction, default="cuda" in devices,
-        help="train in bfloat16 (default: with CUDA)")
     add("--data", default="data", help="folder of the data sets")
     add("--out", default=".", help="folder of logs/ and figures/")
     add("--name", default=SCRIPT, help="of this run and its files")
     add("--load", metavar="FILE", help="evaluate the .pt of an earlier run, without training")
     cfg = parser.parse_args(argv)
     text = cfg.dataset in ("shakespeare", "pydoc")
-    known = load(cfg.load) if cfg.load else SIZES[cfg.size][text]
+    known = load(cfg.load) if cfg.load else SIZES[cfg.size][text] | dict(text=text)
     cfg = parser.parse_args(argv, argparse.Namespace(**known))
-    cfg.text = cfg.dataset in ("shakespeare", "pydoc")
     for key, least in dict(width=1, depth=1, epochs=1e-3, lr=1e-6, seed=0).items():
         if not least <= getattr(cfg, key) < 1e6:
             parser.error(f"--{key} must be at least {least} and below a million")
     return cfg
-
 
 def download(folder, name, url, sha256):    # -> path of a file that is the published one
     path = Path(folder, name)
@@ -401,7 +368,6 @@ def download(folder, name, url, sha256):    # -> path of a file that is the publ
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise OSError(f"{path} is not the published file; delete it and run again")
     return path
-
 
 def draw_shapes(count):
     """Grey flowers with 1 to 10 lobes, which difficulty makes faint and noisy."""
@@ -415,7 +381,6 @@ def draw_shapes(count):
     grey = 127 + 100 * (1 - 0.9 * difficulty) * flower + 40 * difficulty * noise
     images = torch.tensor(grey.clip(0, 255)).byte().expand(-1, 3, -1, -1)
     return images, torch.tensor(label.ravel()), difficulty.ravel()
-
 
 def load_data(cfg):
     """{"train", "calibration", "test": (x, y)}, bytes: images (N, 3, 32, 32) and labels (N,), or
@@ -449,7 +414,6 @@ def load_data(cfg):
         splits = zip(*(part.to(cfg.device).tensor_split(ends) for part in (x, y)))
     return data | dict(zip(("train", "calibration", "test"), splits))
 
-
 def training_batches(data, cfg):
     """Endless (x, y): images shifted and flipped, a text cut at other places."""
     random = dict(generator=torch.Generator(cfg.device).manual_seed(cfg.seed), device=cfg.device)
@@ -470,7 +434,6 @@ def training_batches(data, cfg):
             yield batch, y[index].long()
 # === end shared ===
 
-
 # === shared: from training to log ===
 def train(model, data, cfg):
     """Muon for the matrices of blocks, AdamW for all else -> seconds."""
@@ -483,7 +446,7 @@ def train(model, data, cfg):
     bar = tqdm(zip(range(steps), training_batches(data, cfg)), f"{cfg.name}, {cfg.size}", steps)
     model.train()
     for step, (x, y) in bar:
-        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
+        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.device == "cuda"):
             loss, shown = model.loss(x, y, step / steps)
         model.zero_grad()
         loss.backward()
@@ -499,7 +462,6 @@ def train(model, data, cfg):
     model.eval()
     return bar.format_dict["elapsed"]
 
-
 @torch.no_grad()
 def evaluate(model, run, split, threshold):
     """run, such as model.skipping, over a split -> arrays, and their means."""
@@ -514,7 +476,6 @@ def evaluate(model, run, split, threshold):
     return dict(label=y, prediction=answer, correct=y == answer, loss=loss, macs=macs,
                 token_macs=token_macs, threshold=threshold, means=means)
 
-
 @torch.no_grad()
 def wall_clock(cfg, model, x, threshold):
     """Median milliseconds of the static network and of `skipping`."""
@@ -527,12 +488,10 @@ def wall_clock(cfg, model, x, threshold):
         seconds.setdefault(f"{name}_ms_batch_{batch}", []).append(time.perf_counter() - began)
     return {key: 1000 * float(np.median(each[3:])) for key, each in seconds.items()}
 
-
 def output_path(cfg, kind, suffix):    # in a folder that it makes
     path = Path(cfg.out, kind, f"{cfg.dataset}-{cfg.size}", f"{cfg.name}-s{cfg.seed}{suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
-
 
 def load(path, model=None):    # -> options of a run, whose weights go into the model
     try:
@@ -543,11 +502,9 @@ def load(path, model=None):    # -> options of a run, whose weights go into the 
     except Exception as error:    # the file can be anything
         raise OSError(f"--load {path}: {' '.join(str(error).split())[:200]}")
 
-
 def save(log, cfg, data, model, result, sweep, **extra):
     """Write the weights and the log of a run (README: The log), print its means."""
-    here = ("data", "out", "load", "device", "bf16")
-    options = {key: value for key, value in vars(cfg).items() if key not in here}
+    options = {key: vars(cfg)[key] for key in vars(cfg).keys() - {"data", "out", "load", "device"}}
     again = options | dict(name=f"{cfg.name}_loaded")    # so --load overwrites nothing
     torch.save(dict(options=again, state_dict=model.state_dict()), log.with_suffix(".pt"))
     test = b"".join(part.cpu().numpy().tobytes() for part in data["test"])

@@ -88,7 +88,7 @@ def test_dense_takes_decisions(script, dataset):
     """Those of a threshold give what the threshold gives; those of another do not."""
     model, x = build(script, dataset), inputs(dataset)
     threshold = thresholds(model, x, (0.5,))[0]
-    logits, decisions = model.dense(x, threshold)
+    logits, decisions = model.dense(x, threshold)[:2]
     hard = [(d > 0).float() for d in decisions]
     assert torch.allclose(model.dense(x, decisions=hard)[0], logits, atol=1e-5)
     others = [[(d > 0).float() for d in model.dense(x, end)[1]] for end in (model.cheapest, model.full)]

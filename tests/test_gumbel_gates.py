@@ -77,7 +77,7 @@ def test_reinforce_weighs_the_task_as_the_mean_loss_does(monkeypatch):
     greedy = F.cross_entropy(model.masked(x[:1], 0.0)[0], y[:1])
     total = F.cross_entropy(model.masked(x[:1], model.full)[0], y[:1]) / 8
     for outcome, count in zip(outcomes, counts):
-        logits, _, z = model.all_gates(x[:1], decisions=outcome[:, None])
+        logits, _, z = model.dense(x[:1], decisions=outcome[:, None])
         log_p = torch.where(outcome[:, None] > 0, F.logsigmoid(z), F.logsigmoid(-z)).sum()
         loss = F.cross_entropy(logits, y[:1])
         total = total + count / 64 * (loss + (loss - greedy).detach() * log_p)
@@ -138,7 +138,7 @@ def test_the_loss_by_hand(estimator):
     y = torch.arange(16) % 10
     with torch.no_grad():
         apart = [model.masked(x[:2], model.full)[0], model.masked(x[2:], 0.0)[0]]
-        logits, gates, _ = model.all_gates(x, opened=2)
+        logits, gates, _ = model.dense(x, opened=2)
         assert torch.allclose(logits, torch.cat(apart), atol=1e-5)
         assert gates[:, :2].all() and not gates[:, 2:].any()
         loss, shown = model.loss(x, y, 0.35)

@@ -113,7 +113,7 @@ def test_an_eighth_runs_all_and_an_eighth_the_same():
     torch.manual_seed(0)
     model, x = build(script), inputs("shapes", count=32)
     model.price = torch.tensor(1000.0)
-    logits, runs = model.dense(x)
+    logits, runs, _ = model.dense(x)
     assert runs[:, :4].all() and not runs[:, 8:].any()
     assert torch.allclose(logits[:4], model.net(x)[:4], atol=1e-5)
     assert (runs[:, 4:8] == runs[:, 4:8, :1]).all()                     # all tokens of an example alike
