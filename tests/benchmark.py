@@ -18,7 +18,6 @@ from torch import nn
 
 from conftest import NAMES, build, configure, inputs, scripts
 
-
 def medians(runs, repeats=15):
     """{name: function} -> {name: seconds}."""
     seconds = {name: [] for name in runs}
@@ -28,7 +27,6 @@ def medians(runs, repeats=15):
             function()
             seconds[name].append(time.perf_counter() - began)
     return {name: np.median(taken[3:]) for name, taken in seconds.items()}
-
 
 def step_of(name, dataset):
     """A function that takes one training step at --size small."""
@@ -46,7 +44,6 @@ def step_of(name, dataset):
             optimizer.step()
     return step
 
-
 def training():
     for dataset in ("shapes", "pydoc"):
         seconds = medians({name: step_of(name, dataset) for name in NAMES})
@@ -54,7 +51,6 @@ def training():
         for name in NAMES:
             print(f"| {name} | {dataset} | {1e3 * seconds[name]:.0f} ms | {seconds[name] / seconds[NAMES[0]]:.2f} "
                   f"of static | {peak[name] / 1024:.0f} MB | {peak[name] / peak[NAMES[0]]:.2f} of static |")
-
 
 @torch.no_grad()
 def token(density=0.27):
@@ -76,7 +72,6 @@ def token(density=0.27):
         seconds = medians(runs, 300)
         print(f"| width {width} | dense {1e6 * seconds['dense']:.0f} us | columns selected, of dense "
               f"{seconds['selected'] / seconds['dense']:.2f} | sparse_product {seconds['bag'] / seconds['dense']:.2f} |")
-
 
 def experts(tokens=16384, width=48):
     """A layer of eight experts of the width, of which a token runs 1.25, and half a shared one."""

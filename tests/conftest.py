@@ -17,12 +17,10 @@ draw_once = functools.lru_cache(scripts[NAMES[0]].draw_shapes)      # the same c
 for module in scripts.values():
     module.draw_shapes = draw_once
 
-
 @pytest.fixture(params=("shapes", "pydoc"))
 def dataset(request):
     """Images and text in turn."""
     return request.param
-
 
 @pytest.fixture
 def run(monkeypatch, capsys):
@@ -38,7 +36,6 @@ def run(monkeypatch, capsys):
             status = stop.code
         return status, *capsys.readouterr()
     return run_command
-
 
 @pytest.fixture
 def shorten(monkeypatch):
@@ -59,12 +56,10 @@ def shorten(monkeypatch):
             f"{run}_ms_batch_{batch}": 1.0 for run in ("static", "skipping") for batch in (1, 256)})
     return shorten_script
 
-
 def configure(script, dataset="shapes", size="tiny", *options):
     """Options, as from a command line; tiny networks of two blocks are enough to count by hand."""
     depth = ["--depth", "2"] if size == "tiny" else []
     return script.options(["--dataset", dataset, "--size", size, "--device", "cpu", *depth, *options])
-
 
 def steps(count, dataset="pydoc"):
     """The option that makes a tiny run take so many training steps."""
@@ -72,7 +67,6 @@ def steps(count, dataset="pydoc"):
     windows = len(scripts[NAMES[0]].load_data(cfg)["train"][0])
     examples = windows / cfg.tokens if cfg.text else windows
     return "--epochs", str((count - 0.5) * cfg.batch / examples)
-
 
 def build(script, dataset="shapes", size="tiny", *options, seed=0):
     """An untrained Model to evaluate: batch norms have seen data, and nothing is zero from the start."""
@@ -87,7 +81,6 @@ def build(script, dataset="shapes", size="tiny", *options, seed=0):
             model.net.embed(inputs(dataset, size, 32))
     return model.eval()
 
-
 def trained(script, count, *options):
     """A tiny model after so many steps on text, the data, and a hundred windows to test on."""
     torch.manual_seed(0)
@@ -96,7 +89,6 @@ def trained(script, count, *options):
     script.train(model, data, cfg)
     return model, data, [part[:100] for part in data["test"]]
 
-
 def inputs(dataset, size="tiny", count=8, dtype=torch.float32):
     """(count, 3, 32, 32) images, bytes with fractions, or (count, T) characters, drawn at random."""
     generator = torch.Generator().manual_seed(1)
@@ -104,7 +96,6 @@ def inputs(dataset, size="tiny", count=8, dtype=torch.float32):
         tokens = configure(scripts[NAMES[0]], dataset, size).tokens
         return torch.randint(32, 127, (count, tokens), generator=generator)
     return 255 * (0.47 + 0.25 * torch.randn(count, 3, 32, 32, generator=generator).to(dtype))
-
 
 def thresholds(model, x, shares=(0.0, 0.4, 0.8, 1.0)):
     """Thresholds that take about these shares of the way from the cheapest model to the full one."""

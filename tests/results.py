@@ -2,15 +2,18 @@
 
     python tests/results.py             # print them
     python tests/results.py --write     # into .github/results and the README; a test compares them
+    python tests/results.py --bound logs/cifar10-small/early_exit-s0.pt logs/cifar10-small/early_exit-s1.pt
 """
 import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import early_exit   # noqa: E402
 from compare_rankings import (   # noqa: E402
     METHODS, STATIC, Ranking, by_method, draw_quality, frontier, gather, markdown, number, pair_table,
     paying_table, rank, spread, study)
@@ -19,7 +22,6 @@ KEPT = ROOT / ".github/results"
 IDEAS = dict(early_exit="leave when sure", gumbel_gates="learned gates skip tokens",
              moe="a router sends tokens to experts", token_boost="every token chooses learners")
 DATA = dict(cifar10="JPEG copy of CIFAR-10", shakespeare="TinyShakespeare")
-
 
 def static_table(logs):
     """Static networks of all widths and depths, trained alike: what MACs buy."""
@@ -36,7 +38,6 @@ def static_table(logs):
     return markdown(["static network", "width", "depth", "MACs", "share", "minutes of training",
                      "seeds", f"test {'loss' if logs[0].text else 'accuracy'}"], rows)
 
-
 def zeros_table(logs):
     """What the static network wastes: from what `relu_sparsity.py` writes into its log."""
     rows = []
@@ -52,20 +53,17 @@ def zeros_table(logs):
     return markdown(["network", "density", "by layer, first to last", "never fire", "always fire",
                      "of neurons", "MACs run", "oracle bound", "time, batch 1", "time, batch 256"], rows)
 
-
 def time_table(logs):
     """What `skipping` takes at the chosen budget, beside the static network in the same process."""
     rows = [[name, spread([log.macs.mean() for log in runs], 3), *map(spread, zip(*(log.time for log in runs)))]
             for name, runs in by_method([log for log in logs if log.name in METHODS]).items()]
     return markdown(["method", "MACs", "time, batch 1", "time, batch 256"], rows)
 
-
 def rankings(logs, resamples=300):
     """The five scripts as they are by default, and the loss of the static network -> rankings, study."""
     found = rank([log for log in logs if log.name in METHODS])[0]
     found += [Ranking("static loss", log.seed, log.loss) for log in logs if log.kind == "full"]
     return found, study(found, None if logs[0].text else logs[0].label, resamples)
-
 
 def half_table():
     """What the README shows first: quality and time at half of the MACs."""
@@ -85,7 +83,6 @@ def half_table():
     return markdown(["script", "idea", "CIFAR-10", "at random", "time", "TinyShakespeare", "at random",
                      "time"], [*rows.values(), static, full])
 
-
 def agreement_table():
     """How alike methods rank the examples: images below the diagonal, the text above it."""
     images, text = (rankings(gather([KEPT / f"{folder}-small"]), 1) for folder in DATA)
@@ -95,7 +92,6 @@ def agreement_table():
             for i, a in enumerate(names)]
     return markdown(["", *names], rows)
 
-
 def fill(readme):
     """The README's text with its tables of numbers, which stand between marks."""
     for mark, lines in (("half", half_table()), ("agreement", agreement_table())):
@@ -103,6 +99,22 @@ def fill(readme):
         readme = f"{before}<!-- {mark} -->\n" + "\n".join(lines) + "<!-- end -->\n" + rest.split("<!-- end -->\n", 1)[1]
     return readme
 
+@torch.no_grad()
+def bound(answers, exits):
+    """Two early_exit.py weights: every example leaves at the first head of `exits` that is right, with the
+    answer that the same head of `answers` gives. With another seed's exits this bounds honestly what a
+    rule could reach; with its own it also counts heads that are right by luck."""
+    right = []
+    for path in (answers, exits):
+        cfg = early_exit.options(["--load", path, "--device", "cpu"])
+        model, (x, y) = early_exit.Model(cfg), early_exit.load_data(cfg)["test"]
+        early_exit.load(path, model)
+        heads = torch.cat([model.all_exits(some)[0].argmax(-1) for some in x.split(250)], 1)
+        right.append(heads == y)                                                # (L, N), or (L, N, T)
+    leaves = torch.cat([right[1][:-1], torch.ones_like(right[1][:1])]).int().argmax(0)
+    rule, last = right[0].take_along_dim(leaves[None], 0).float().mean(), right[0][-1].float().mean()
+    macs = (model.exit_macs / model.net.macs)[leaves].mean()
+    return f"accuracy {rule:.4f} at {macs:.3f} of the MACs; of the last exit {last:.4f}"
 
 def tables():
     """The whole of RESULTS.md."""
@@ -139,7 +151,11 @@ def tables():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write RESULTS.md instead of printing")
-    if parser.parse_args().write:
+    parser.add_argument("--bound", nargs=2, metavar="FILE", help="how well exits could be chosen: answers' and exits' weights")
+    cfg = parser.parse_args()
+    if cfg.bound:
+        print(bound(*cfg.bound))
+    elif cfg.write:
         (KEPT / "RESULTS.md").write_text(tables(), encoding="utf-8")
         readme = ROOT / "README.md"
         readme.write_text(fill(readme.read_text(encoding="utf-8")), encoding="utf-8")

@@ -11,7 +11,6 @@ script = scripts[NAMES[1]]       # the block is the same in the four that have o
 N = 2000
 SPLIT = (torch.arange(N).byte().view(N, 1), torch.zeros(N, 1).byte())
 
-
 class Leaves:
     """Two-speed stand-in: an example costs 40 where its confidence reaches the threshold, else 100."""
     cheapest, full, net = 0.0, 1.001, SimpleNamespace(macs=100)
@@ -25,7 +24,6 @@ class Leaves:
         macs = torch.where(self.confidence[rows] >= threshold, 40, 100)
         return torch.zeros(len(x), 1, 10), macs, macs[:, None]
 
-
 @pytest.mark.parametrize("center, width", ((0.5, 0.5), (0.2, 0.1), (0.9, 0.09)))
 def test_budgets_are_met_or_the_nearer_end_is_taken(center, width):
     model = Leaves(center + width * np.random.default_rng(0).uniform(-1, 1, N))
@@ -36,12 +34,10 @@ def test_budgets_are_met_or_the_nearer_end_is_taken(center, width):
     assert script.calibrate(model, SPLIT, 0.3) == pytest.approx(model.cheapest, abs=1e-3)
     assert script.calibrate(model, SPLIT, 1.5) == pytest.approx(model.full)
 
-
 def test_where_nothing_lies_between_the_budget_is_reached():
     """All examples are equally sure: they cost 40 or 100."""
     threshold = script.calibrate(Leaves(np.full(N, 0.5)), SPLIT, 0.6)
     assert threshold == pytest.approx(0.5, abs=1e-3) and threshold > 0.5
-
 
 @pytest.mark.parametrize("name", ("gumbel_gates", "token_boost"))
 def test_scores_of_any_size_are_found(name):
@@ -57,7 +53,6 @@ def test_scores_of_any_size_are_found(name):
         spent = script.evaluate(model, model.masked, split, threshold)["means"]["budget"]
         assert spent == pytest.approx(budget, abs=0.02)
     assert script.calibrate(model, split, 2) == pytest.approx(model.full)
-
 
 def test_an_evaluation_by_hand():
     """Uniform logits: every answer is 0, every loss the logarithm of 10."""

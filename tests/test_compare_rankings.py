@@ -17,15 +17,12 @@ from conftest import NAMES, ROOT, configure, scripts
 FIVE, DENSE = script.METHODS, 1000000
 SWEEP = (0.5, 0.7, 0.85, 1.0)
 
-
 def spearman(x, y):
     return script.correlate(np.stack([x, y], 1))[0, 1]
-
 
 def spearman_of_normals(r):
     """What Pearson's r between normal variables is as Spearman's rho."""
     return 6 / np.pi * np.arcsin(r / 2)
-
 
 def simulate(folder, methods=FIVE, seeds=range(3), N=1500, shared=0.5, own=0.3, same_seed=0.0, constant=(),
              change=None):
@@ -57,12 +54,10 @@ def simulate(folder, methods=FIVE, seeds=range(3), N=1500, shared=0.5, own=0.3, 
             paths.append(path)
     return paths
 
-
 @pytest.fixture
 def run(run, tmp_path):
     """run(*options) -> exit status, stdout, stderr of the command line, in an empty folder."""
     return lambda *options: run("compare_rankings", *map(str, options), cwd=tmp_path)
-
 
 @pytest.fixture
 def report(run):
@@ -73,13 +68,11 @@ def report(run):
         return printed
     return run_well
 
-
 @pytest.fixture
 def few_samples(monkeypatch):
     """Intervals from 20 samples, and pictures that nobody saves: for tests that are about other things."""
     monkeypatch.setattr(script.study, "__defaults__", (None, 20))
     monkeypatch.setattr(script.Figure, "savefig", lambda figure, path, dpi: None)
-
 
 @pytest.mark.parametrize("x, y, rho", (
     ([1, 2, 3, 4, 5], [1, 3, 2, 5, 4], 0.8),
@@ -93,7 +86,6 @@ def test_spearman(x, y, rho):
     for a, b, sign in ((x, y, 1), (y, x, 1), (-x, y, -1), (x ** 3, 7 * y + 2, 1)):
         assert spearman(a, b) == pytest.approx(sign * rho, abs=1e-9)
 
-
 def test_within_class():
     columns = np.array([[1, 2, 2, 3, 1, 3, 4, 4], [2, 1, 3, 3, 5, 6, 6, 8]]).T
     label = np.repeat([0, 1], 4)
@@ -102,16 +94,13 @@ def test_within_class():
     assert script.within_class(columns, label, least=4)[0, 1] == pytest.approx(2 / 3, abs=1e-9)
     assert np.isnan(script.within_class(columns, label, least=5)).all()
 
-
 def test_overlap_shares_ties():
     x, y = np.array([4, 4, 3, 3, 3, 2, 1, 1]), np.array([5, 3, 4, 4, 1, 2, 2, 0])
     for k, share in (3, 5 / 9), (4, 5 / 6):
         assert script.top_overlap(np.stack([x, y], 1), k)[0, 1] == pytest.approx(share, abs=1e-9)
 
-
 def rankings_of(names, seeds):
     return [script.Ranking(name, seed, None) for name, seed in zip(names, seeds)]
-
 
 def test_agreement_by_hand():
     """Two methods with two seeds each: the pairs are (A0, B1) and (A1, B0), never (A0, B0)."""
@@ -130,7 +119,6 @@ def test_agreement_by_hand():
     assert np.isclose(raw[0, 1], .7) and np.isnan(full[0, 1])   # people have no seeds
     assert np.isnan(script.agreement(-rho, both)[1]).all()      # seeds that contradict
 
-
 def test_bootstrap_is_spearman_of_repeated_rows():
     """Against rows that are really repeated, in blocks of neighbours."""
     rng = np.random.default_rng(1)
@@ -145,11 +133,9 @@ def test_bootstrap_is_spearman_of_repeated_rows():
     assert widths[1] > 1.8 * widths[0]
     assert np.isfinite(script.bootstrap(columns[:30], 1, 16)).all()     # ten blocks at least
 
-
 def static(name, share, quality, width=32, depth=8, seed=0, text=False):
     return SimpleNamespace(name=name, kind="full" if name == FIVE[0] else "smaller", text=text, seed=seed,
                            meta=dict(width=width, depth=depth), static_macs=share * DENSE, quality=np.array([quality]))
-
 
 def test_the_frontier_by_hand():
     """Narrower: 60 % at 0.4 and 72 % at 0.8; shallower: 70 % at 0.5. The better of both lines, to 80 %."""
@@ -166,7 +152,6 @@ def test_the_frontier_by_hand():
              static("width_9", 0.5, 1.7, width=9, text=True)]
     assert script.frontier(texts, 0.75 * DENSE) == pytest.approx(1.6)               # of a loss less is better
 
-
 def test_verdicts():
     q = np.array([0.8, 0.82])
     assert script.verdict(q, q - 0.01, q - 0.02, 0.8129, False) == "yes"
@@ -177,7 +162,6 @@ def test_verdicts():
     assert script.verdict(q, [np.nan, np.nan], q, 0.8, False) == "no: not better than random decisions"
     assert script.verdict(q, q + 0.01, q + 0.02, 0.8001, True) == "yes"     # of a loss less is better
     assert script.verdict(q, q + 0.01, q + 0.02, 0.7999, True) == "no: worse than the full network"
-
 
 def test_the_report_says_what_pays(report, tmp_path, few_samples):
     """Two static networks of other sizes; accuracies that decide each way. They are no rankings."""
@@ -197,7 +181,6 @@ def test_the_report_says_what_pays(report, tmp_path, few_samples):
     printed = report(tmp_path)
     assert "fewer than two methods rank" in printed and "agree" not in printed
 
-
 @pytest.mark.parametrize("shared, own, same_seed", ((0.5, 0.3, 0.0), (0.0, 0.6, 0.3), (0.4, 0.2, 0.3)))
 def test_the_true_agreement_is_recovered(shared, own, same_seed, tmp_path):
     """Inside the interval, which the same-seed pairs would leave."""
@@ -212,7 +195,6 @@ def test_the_true_agreement_is_recovered(shared, own, same_seed, tmp_path):
     if same_seed:
         rho = script.correlate(np.stack([ranking.costs for ranking in rankings], 1))
         assert np.mean([rho[i, 3 + i] for i in range(3)]) > spearman_of_normals(shared) + 0.2
-
 
 @pytest.mark.parametrize("shared, own, words", (
     (0.7, 0.0, "agree strongly"), (0.4, 0.4, "agree moderately"), (0.0, 0.8, "do not agree")))
@@ -232,7 +214,6 @@ def test_the_report_says_what_is_so(shared, own, words, report, tmp_path):
     assert f"{some:,} of 1,500 examples are neither trivial nor impossible" in written
     assert re.findall(r"These, at (.*) of the MACs", written) == ["0.5", "0.7"]
 
-
 def test_trivial_and_impossible_images_are_left_out(tmp_path):
     """Among the others costs have nothing in common."""
     rng = np.random.default_rng(0)
@@ -249,7 +230,6 @@ def test_trivial_and_impossible_images_are_left_out(tmp_path):
     assert f"{(~easy).sum():,} of 3,000 examples" in script.telling_tables(logs)[0]
     assert script.study(script.rank(logs[2:], budget=0.5)[0], resamples=2)["raw"][0, 1] > 0.7
 
-
 def test_constant_macs_rank_nothing(report, tmp_path, few_samples):
     """Said, and nowhere else than where MACs are the matter."""
     simulate(tmp_path, FIVE[:4], range(2), constant=("moe",))
@@ -257,7 +237,6 @@ def test_constant_macs_rank_nothing(report, tmp_path, few_samples):
     assert np.isnan(spearman(np.ones(4), np.arange(4)))
     assert "rank nothing: moe-s0, moe-s1." in printed and "nan" not in printed
     assert "moe" not in printed.splitlines()[0] and "and moe" not in printed
-
 
 def test_what_cannot_be_told_is_unknown(report, tmp_path, few_samples):
     """One seed; a log with nothing but what the README asks for; a random control at other MACs."""
@@ -272,7 +251,6 @@ def test_what_cannot_be_told_is_unknown(report, tmp_path, few_samples):
     assert "of early_exit and my_method" in printed and "mean raw rho" in printed
     assert "| early_exit and my_method | unknown | unknown | " in printed
     assert "0.6000" not in printed and "unknown: something to compare with" in printed
-
 
 def test_people_and_known_difficulty_are_columns(report, tmp_path, few_samples):
     known = []
@@ -302,7 +280,6 @@ def test_people_and_known_difficulty_are_columns(report, tmp_path, few_samples):
     other_seed = [spearman(macs[0], loss[1]), spearman(macs[1], loss[0])]
     assert raw["static loss"] == pytest.approx(np.mean(other_seed), abs=0.006)
 
-
 @pytest.mark.parametrize("key, value, message", (
     ("test_sha256", "1" * 64, "test split or its order differ"),
     ("dataset", "shapes", "test split or its order differ"),
@@ -327,7 +304,6 @@ def test_refusals(key, value, message, run, tmp_path):
     assert status == 2 and errors.count("\n") == 1 and printed == ""
     assert errors.startswith("compare_rankings.py: ") and message in errors and "-s0.npz" in errors
 
-
 @pytest.mark.parametrize("name, message", (
     ("text.npz", "is no log"), ("empty.npz", "is no log"), ("short.npz", "is no log"),
     ("altered.npz", "is no log"), ("array.npy", "is no log"), ("objects.npz", "is no log"),
@@ -346,7 +322,6 @@ def test_files_that_are_no_logs(name, message, run, tmp_path):
     status, _, errors = run(tmp_path / "relu_sparsity-s0.npz", tmp_path / name)
     assert status == 2 and errors.count("\n") == 1 and message in errors and name in errors
 
-
 @pytest.mark.parametrize("counts, message", (
     (np.ones((1500, 9), int), "(1500, 9)"), (np.ones((1499, 10), int), "not (1499, 10)"),
     (np.ones(15000), "not (15000,)"), (np.zeros((1500, 10), int), "nobody labelled"),
@@ -357,7 +332,6 @@ def test_people_of_another_shape_are_refused(counts, message, run, tmp_path):
     status, _, errors = run(tmp_path, "--human", tmp_path / "people.npy")
     assert status == 2 and errors.count("\n") == 1 and message in errors and "people.npy" in errors
 
-
 @pytest.mark.parametrize("options, message", (
     (["--nonsense"], "unrecognized"), (["--train", "--seeds", "0"], "at least 1"), ([], "name a folder"),
     (["--jobs", "many"], "invalid int"), (["--train", "--dataset", "mnist"], "mnist"), (["empty"], "no logs")))
@@ -365,7 +339,6 @@ def test_bad_options(options, message, run, tmp_path):
     (tmp_path / "empty").mkdir()
     status, _, errors = run(*options)
     assert status == 2 and message in errors.splitlines()[-1] and "Traceback" not in errors
-
 
 def test_train_from_nothing_and_resume(run, report, tmp_path, monkeypatch):
     """What is missing, and no more; a run that fails does not stop the others. (Two methods, for time.)"""
@@ -387,7 +360,6 @@ def test_train_from_nothing_and_resume(run, report, tmp_path, monkeypatch):
     status, printed, errors = run(*options)
     assert status == 1 and "failed with status 2" in errors and "Does it pay?" in printed
 
-
 SLEEPER = """
 import argparse, sys, time
 def options(argv):
@@ -396,7 +368,6 @@ if __name__ == "__main__":
     print("child", flush=True)
     time.sleep(100)
 """
-
 
 def test_stopping_with_ctrl_c(tmp_path):
     """In a process group of its own, as from a terminal, while a child runs: both end, no other begins."""
@@ -409,7 +380,6 @@ def test_stopping_with_ctrl_c(tmp_path):
     printed, errors = process.communicate(timeout=30)      # returns when the children have closed their ends, too
     assert process.returncode == 2 and b"child" not in printed
     assert errors.endswith(b"compare_rankings.py: stopped\n")
-
 
 def test_pictures_show_the_images_of_the_logs(report, tmp_path):
     """Images only where their labels are those of the logs."""

@@ -8,7 +8,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import build, configure, inputs, scripts, thresholds
 
-
 @pytest.fixture(params=[(name,) for name in scripts] + [
     ("gumbel_gates", "--grain", "layer"), ("gumbel_gates", "--grain", "group")], ids=" ".join)
 def script(request):
@@ -18,17 +17,14 @@ def script(request):
     return SimpleNamespace(SCRIPT=name, Model=module.Model, StaticNet=module.StaticNet,
                            options=lambda argv: module.options([*argv, *more]))
 
-
 @pytest.fixture(autouse=True)
 def no_gradients(request):
     with torch.set_grad_enabled("trains" in request.node.name):
         yield
 
-
 # torch's counter does not know embedding_bag: a multiply and an add for each number it reads.
 BAGS = {op: lambda weight, indices, *args, **kwargs: 2 * indices[0] * weight[1]
         for op in (torch.ops.aten._embedding_bag, torch.ops.aten._embedding_bag_forward_only)}
-
 
 def executed_macs(run, *args):
     """The MACs that torch's dispatcher sees, in the shapes of the operands, while run(*args) runs."""
@@ -36,7 +32,6 @@ def executed_macs(run, *args):
         result = run(*args)
     assert counter.get_total_flops() % 2 == 0
     return counter.get_total_flops() // 2, result
-
 
 @pytest.mark.parametrize("size", ("tiny", "small", "base"))
 def test_macs_are_what_ran(script, dataset, size):
@@ -56,7 +51,6 @@ def test_macs_are_what_ran(script, dataset, size):
             seen.update(macs.tolist())
     assert len(seen) > 1                        # the thresholds did make a difference
 
-
 def test_shorter_texts_cost_less(script):
     """Windows of 1 and of 17 characters, of the 64 that the network was made for."""
     model, x = build(script, "pydoc"), inputs("pydoc", count=2)
@@ -68,7 +62,6 @@ def test_shorter_texts_cost_less(script):
                 assert executed == macs.item() == expected[1].item()
                 assert token_macs.shape == (1, T) and torch.equal(token_macs, expected[2])
                 assert torch.allclose(logits, expected[0], atol=1e-4, rtol=0)
-
 
 def test_masked_says_what_skipping_does(script, dataset):
     """In float32 rounding may turn a few of the many decisions of a ReLU network, in float64 none."""
@@ -83,7 +76,6 @@ def test_masked_says_what_skipping_does(script, dataset):
             else:
                 assert (masked[2] != skipping[2]).float().mean() < 1e-3
 
-
 def test_dense_takes_decisions(script, dataset):
     """Those of a threshold give what the threshold gives; those of another do not."""
     model, x = build(script, dataset), inputs(dataset)
@@ -93,7 +85,6 @@ def test_dense_takes_decisions(script, dataset):
     assert torch.allclose(model.dense(x, decisions=hard)[0], logits, atol=1e-5)
     others = [[(d > 0).float() for d in model.dense(x, end)[1]] for end in (model.cheapest, model.full)]
     assert any(not torch.allclose(model.dense(x, decisions=other)[0], logits, atol=1e-3) for other in others)
-
 
 def test_an_example_does_not_depend_on_its_neighbours(script, dataset):
     model, x = build(script, dataset).double(), inputs(dataset, count=256, dtype=torch.float64)
@@ -106,7 +97,6 @@ def test_an_example_does_not_depend_on_its_neighbours(script, dataset):
             assert torch.allclose(whole[order].double(), mixed.double(), atol=1e-10, rtol=0)
             assert torch.allclose(whole[::32].double(), single.double(), atol=1e-10, rtol=0)
         assert len(batch[1].unique()) > 1
-
 
 def test_text_never_looks_ahead(script):
     """Changing later characters changes no earlier logits and no earlier compute."""
@@ -122,7 +112,6 @@ def test_text_never_looks_ahead(script):
                 assert torch.equal(token_macs[:, :cut], other_macs[:, :cut])
                 assert not torch.allclose(logits[:, cut:], other[:, cut:])
 
-
 def test_the_loss_trains_everything(script, dataset):
     """A scalar, finite numbers for the progress bar, and a gradient for every parameter."""
     model, x = build(script, dataset).train(), inputs(dataset, count=16)
@@ -134,7 +123,6 @@ def test_the_loss_trains_everything(script, dataset):
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
-
 @pytest.mark.parametrize("name", ("gumbel_gates", "token_boost"))
 def test_a_network_trains_before_its_gates_join(name):
     """Before, the loss is the static network's, and no gate has a gradient; then all parameters do."""
@@ -145,7 +133,6 @@ def test_a_network_trains_before_its_gates_join(name):
     assert all(p.grad is None for p in model.gates.parameters())
     model.loss(x, y, 0.2)[0].backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-
 
 def test_convolution_by_hand(dataset):
     """Tokens within reach of the kernel mix, channel by channel, on text only those before; the

@@ -14,13 +14,11 @@ script = scripts[NAMES[0]]       # the data block is the same in all, as test_sh
 MEMBERS = [f"cifar-10-batches-bin/{name}.bin"
            for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]]
 
-
 def refuses(message, function, *args):
     """It raises an OSError of one line that holds the message."""
     with pytest.raises(OSError, match=message) as stop:
         function(*args)
     assert "\n" not in str(stop.value)
-
 
 def test_cifar10_from_the_archive_and_unpacked(tmp_path, monkeypatch):
     """In the official layout, of any checksum: every pixel of record i is i % 251, its label i % 10."""
@@ -54,7 +52,6 @@ def test_cifar10_from_the_archive_and_unpacked(tmp_path, monkeypatch):
         (tmp_path / MEMBERS[5]).write_bytes(broken) if broken else (tmp_path / MEMBERS[5]).unlink()
         refuses("incomplete or altered", script.load_data, cfg)
 
-
 def test_a_partial_download_never_passes_for_a_whole_file(tmp_path, monkeypatch):
     """torch.hub does the download; here it brings a part, another file, the right one."""
     whole = bytes(range(256)) * 40
@@ -78,7 +75,6 @@ def test_a_partial_download_never_passes_for_a_whole_file(tmp_path, monkeypatch)
     path.write_bytes(whole[:-1])
     refuses("is not the published file", script.download, tmp_path / "data", *source)
 
-
 def test_shakespeare_splits(tmp_path, monkeypatch):
     """The customary 90 / 10 split, calibration the last 5 % of the first part, targets one on."""
     text = bytes(np.random.default_rng(0).integers(32, 127, 20000).astype(np.uint8))
@@ -101,11 +97,9 @@ def test_shakespeare_splits(tmp_path, monkeypatch):
         window = torch.cat([x[0], y[0, -1:].byte()])
         assert bytes(window.numpy()) in text[:17100] and torch.equal(x[0, 1:], y[0, :-1])
 
-
 @pytest.fixture(scope="module")
 def shapes():
     return script.load_data(configure(script, "shapes"))
-
 
 def test_shapes_are_balanced_and_repeatable_and_fade_with_difficulty(shapes):
     """Neighbouring pixels of an easy image agree (flat colours); those of a hard one are noise."""
@@ -119,7 +113,6 @@ def test_shapes_are_balanced_and_repeatable_and_fade_with_difficulty(shapes):
     assert difficulty.shape == (4000,) and 0 <= difficulty.min() < 0.01 and 0.99 < difficulty.max() <= 1
     roughness = shapes["test"][0].float().diff().abs().mean((1, 2, 3)).numpy()
     assert roughness[difficulty > 0.8].mean() > 2 * roughness[difficulty < 0.2].mean()
-
 
 def test_training_batches_shift_and_flip(shapes):
     """Each epoch shows every image once, as a crop of the padded original, flipped every other epoch."""
@@ -146,7 +139,6 @@ def test_training_batches_shift_and_flip(shapes):
     assert again[1].tolist() == shown[0][:100]              # the seed decides
     cfg.seed = 1
     assert next(script.training_batches(data, cfg))[1].tolist() != shown[0][:100]
-
 
 def test_windows_of_an_epoch_do_not_overlap():
     """They cover the text once, but for its ends, from another place every epoch."""

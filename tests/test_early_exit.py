@@ -12,7 +12,6 @@ from test_contract import executed_macs
 
 KINDS = (("--criterion", "margin"), ("--criterion", "gain"), ("--loss", "branching"))
 
-
 def test_certainty_by_hand():
     """Over classes, the last axis: p = (1/2, 1/4, 1/4) and its permutations, and both extremes."""
     logits = torch.tensor([[[0.5, 0.25, 0.25], [0.25, 0.25, 0.5]]]).log()
@@ -28,7 +27,6 @@ def test_certainty_by_hand():
     with pytest.raises(KeyError):
         script.certainty(logits, "Confidence")
 
-
 def test_exit_weights_follow_the_recursion():
     """f_l = g_l head_l + (1 - g_l) f_(l+1), worked backwards, equals the weighted sum."""
     torch.manual_seed(0)
@@ -38,7 +36,6 @@ def test_exit_weights_follow_the_recursion():
         f = g * head + (1 - g) * f
     weight = script.exit_weights(gate)
     assert torch.allclose((weight * heads).sum(0), f) and torch.allclose(weight.sum(0), torch.ones(5))
-
 
 def test_the_branching_loss_by_hand(dataset):
     """One cross-entropy on the mixture of probabilities, the last head's own, and the expected MACs."""
@@ -56,7 +53,6 @@ def test_the_branching_loss_by_hand(dataset):
     assert shown["loss"].item() == pytest.approx(plain.item(), rel=1e-5)
     assert shown["macs"].item() == pytest.approx(macs.item())
 
-
 def test_gates_learn_what_the_rest_would_save(dataset):
     """Their loss by hand: the squared error of the predicted saving; blocks and heads do not feel it."""
     model, x = build(script, dataset, "tiny", "--criterion", "gain", "--regime", "joint"), inputs(dataset)
@@ -73,13 +69,11 @@ def test_gates_learn_what_the_rest_would_save(dataset):
     for got, by_hand in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(plain, parameters)):
         assert torch.allclose(got, by_hand, atol=1e-6)
 
-
 def prices(dataset, kind, width=32):
     """MACs of a head, of a gate (0 where there is none), and of the last head, by hand."""
     features, K = (width, 128) if dataset == "pydoc" else (16 * width, 10)
     head = width * K if dataset == "pydoc" else features * 64 + 64 * K
     return head, (features * 16 + 16) * ("margin" not in kind), width * K
-
 
 @pytest.mark.parametrize("kind", KINDS, ids=" ".join)
 @pytest.mark.parametrize("dataset, body", (
@@ -99,7 +93,6 @@ def test_the_ends(dataset, body, kind):
         assert torch.allclose(logits, model.net(x), atol=1e-4)
         assert macs.tolist() == [model.net.macs + 3 * (gate or head) * count] * 3
 
-
 @torch.no_grad()
 def spread_exits(model, x):
     """Scale each early head, or shift its gate, until a third of what it sees is surer than 1/2."""
@@ -114,7 +107,6 @@ def spread_exits(model, x):
             factor = 1.15 if model.sure(layer, x, model.heads[layer](x)).quantile(2 / 3) < 0.5 else 1 / 1.1
             last.weight *= factor
             last.bias *= factor
-
 
 @pytest.mark.parametrize("kind", KINDS, ids=" ".join)
 def test_leaving_at_every_depth_in_one_batch(dataset, kind):
@@ -146,7 +138,6 @@ def test_leaving_at_every_depth_in_one_batch(dataset, kind):
         assert (token_macs.sum(1) == macs).all()
         assert (token_macs - body == depth.clone().apply_(way.get)).all()
 
-
 def test_a_head_sees_where_things_are():
     """It averages 2 x 2 neighbours: tokens can change places inside a square, not between squares."""
     head = script.Readout(32, [64, 10], True)
@@ -158,7 +149,6 @@ def test_a_head_sees_where_things_are():
     assert torch.allclose(logits, same, atol=1e-6) and not torch.allclose(logits, other, atol=1e-4)
     by_hand = head.norm(x.unflatten(1, (4, 2)).unflatten(3, (4, 2)).mean((2, 4)))       # (5, 4, 4, 32)
     assert torch.allclose(logits, head.out(by_hand.flatten(1)), atol=1e-6)
-
 
 @pytest.mark.parametrize("regime, progress, teach", (
     ("joint", 0.0, True), ("mixed", 0.59, False), ("mixed", 0.6, True), ("frozen", 0.99, False)))
@@ -176,7 +166,6 @@ def test_who_trains_the_blocks(regime, progress, teach, kind):
         alone = model.net.blocks[0].mlp[0].weight.grad / (1 + model.early)
         assert torch.allclose(got, alone, atol=1e-6) != teach
 
-
 def certify(monkeypatch, lost, risk):
     """How many bolder thresholds pass; at the first, i-th, ... one these answers are lost (N,)."""
     tried = iter([np.ones_like(lost[0]), *(~each for each in lost)])
@@ -184,7 +173,6 @@ def certify(monkeypatch, lost, risk):
     monkeypatch.setattr(script, "evaluate", lambda *args: dict(correct=next(tried)))
     passed = script.certified_threshold(model, None, risk)
     return round(50 * (1 - passed) ** 0.5)
-
 
 def test_learn_then_test_stops_before_the_first_failure(monkeypatch):
     """n = 5000 at 95 %: a mean of 0 certifies a risk of sqrt(ln 20 / 10000) = 0.017308 and no less.
@@ -197,7 +185,6 @@ def test_learn_then_test_stops_before_the_first_failure(monkeypatch):
     assert certify(monkeypatch, losses[3:], 0.05) == 0
     windows = [each.reshape(50, 100) for each in losses]        # of a text: 50 examples certify little
     assert certify(monkeypatch, windows, 0.05) == 0 and certify(monkeypatch, windows, 0.2058) == 3
-
 
 def test_the_guarantee_holds_in_simulation(monkeypatch):
     """2,000 sets of 500; the true risk rises past 0.1: at most 5 % choose wrong, and choices are bold."""
@@ -212,13 +199,11 @@ def test_the_guarantee_holds_in_simulation(monkeypatch):
                      > 0.1 for _ in range(200)])
     assert naive > 0.2                                        # a rule without slack would be seen
 
-
 def test_certified_threshold_on_a_model():
     model = build(script)
     split = [part[:300] for part in script.load_data(configure(script))["calibration"]]
     assert script.certified_threshold(model, split, 0.07) == model.full     # 300 certify 0.071 at best
     assert script.certified_threshold(model, split, 0.95) == pytest.approx(model.cheapest)
-
 
 def test_the_control_deals_decisions_of_others(monkeypatch):
     """Equal MACs, in the mean; each example has those of another, at all layers alike."""

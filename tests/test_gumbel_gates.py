@@ -10,11 +10,9 @@ from conftest import build, inputs, trained
 grains = pytest.mark.parametrize("grain", ("layer", "token", "group"))
 ESTIMATORS = ("gumbel", "sigmoid_st", "reinforce")
 
-
 def gated(dataset="shapes", *options):
     """Three blocks, two of them with gates."""
     return build(script, dataset, "tiny", "--depth", "3", *options)
-
 
 def test_samples_follow_the_softmax():
     """Chi-square of 20,000 samples of 4 choices, 3 degrees of freedom: 16.27 leaves 0.1 % above."""
@@ -33,7 +31,6 @@ def test_samples_follow_the_softmax():
     assert script.sample_gates(z, "sigmoid_st").tolist() == [0, 0, 0, 1, 1]
     with pytest.raises(AssertionError, match="none of"):
         script.sample_gates(z, "Gumbel")
-
 
 def test_the_gradient_is_that_of_the_relaxation():
     """Against torch's own Gumbel-softmax with the same noise, and by hand for k = 2."""
@@ -56,7 +53,6 @@ def test_the_gradient_is_that_of_the_relaxation():
     z.grad = None
     script.sample_gates(z, "sigmoid_st").sum().backward()
     assert torch.allclose(z.grad, z.detach().sigmoid() * (1 - z.detach().sigmoid()))
-
 
 def test_reinforce_weighs_the_task_as_the_mean_loss_does(monkeypatch):
     """64 copies of an image, eight with open gates: every outcome is run once, and counts as often as
@@ -83,7 +79,6 @@ def test_reinforce_weighs_the_task_as_the_mean_loss_does(monkeypatch):
         total = total + count / 64 * (loss + (loss - greedy).detach() * log_p)
     for a, b in zip(got, torch.autograd.grad(total, parameters)):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-6) and b.abs().max() > 0
-
 
 @grains
 def test_the_ends(grain, dataset):
@@ -115,7 +110,6 @@ def test_the_ends(grain, dataset):
         assert torch.allclose(logits, bare, atol=1e-4)
         assert macs.tolist() == [fixed + conv + 64 * 8 * 32 * 32 + gates] * 3
 
-
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @grains
 def test_the_task_alone_moves_every_gate(grain, dataset, estimator):
@@ -126,7 +120,6 @@ def test_the_task_alone_moves_every_gate(grain, dataset, estimator):
     loss, _ = model.loss(x, y, 0.5)
     for gradient in torch.autograd.grad(loss, [gate.out.bias for gate in model.gates]):
         assert (gradient != 0).all()                                            # of every unit
-
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_the_loss_by_hand(estimator):
@@ -148,7 +141,6 @@ def test_the_loss_by_hand(estimator):
         assert shown["macs"].item() == pytest.approx(macs.item())
         assert loss.item() == pytest.approx((task + 10 * (macs - 0.75) ** 2).item(), rel=1e-5)
 
-
 def test_the_budget_is_for_the_batch_not_for_the_example():
     """Half of the examples open, half closed: as if each ran one block of two; in a gradient, too."""
     model = gated("shapes", "--grain", "layer")
@@ -160,7 +152,6 @@ def test_the_budget_is_for_the_batch_not_for_the_example():
     assert torch.allclose(uneven.grad, torch.full_like(uneven, 64 * model.net.block_macs / 4))
     assert model.count_macs(uneven.long())[0].tolist() == macs.tolist()
 
-
 def test_training_meets_the_budget():
     """A few hundred steps on text: at threshold 0, the rule of training, MACs are near the budget."""
     model, data, few = trained(script, 400, "--budget", "0.7", "--depth", "3")
@@ -170,7 +161,6 @@ def test_training_meets_the_budget():
     assert script.evaluate(model, model.skipping, few, threshold)["means"]["budget"] == pytest.approx(
         0.7, abs=0.06)
 
-
 def test_mutual_information_by_hand():
     """A gate that is the class, one that ignores it, and one that is open for 3/4 and 1/4."""
     label = np.repeat([0, 1], 8)
@@ -178,7 +168,6 @@ def test_mutual_information_by_hand():
                       np.r_[np.arange(8) < 6, np.arange(8) < 2]], 1)
     h = -(0.75 * np.log2(0.75) + 0.25 * np.log2(0.25))
     assert script.mutual_information(gates, label) == pytest.approx([1.0, 0.0, 1 - h])
-
 
 def test_gate_gradients_are_noisy_in_the_known_order(monkeypatch):
     """Straight-through sigmoid has no noise at all, REINFORCE more than the trick; and a known one: the

@@ -10,13 +10,11 @@ from test_contract import executed_macs
 
 ROUTINGS = ("top_p", "top_k", "relu")
 
-
 def layer():
     """x (40, 6), router weights with about half of 4 experts chosen, and experts, in float64."""
     torch.manual_seed(0)
     weight = torch.rand(40, 4).double() * (torch.rand(40, 4) < 0.5)
     return torch.randn(40, 6).double(), weight, script.Experts(6, 4, 5).double()
-
 
 def loop(x, weight, experts):
     """Tokens and experts one by one, and the shared one."""
@@ -28,7 +26,6 @@ def loop(x, weight, experts):
                 total = total + w[e] * down.weight @ (up.weight @ token + up.bias).relu()
         y.append(total)
     return torch.stack(y)
-
 
 def test_need_by_hand():
     """p = (0.2, 0.5, 0.3): the best is expert 1, then 2, then 0."""
@@ -47,7 +44,6 @@ def test_need_by_hand():
     assert weight.tolist() == [[0, 0, 2]] and (needed < 0).tolist() == [[False, False, True]]
     with pytest.raises(AssertionError, match="none of"):
         script.weigh(scores, "topk")
-
 
 def test_experts_equal_a_loop_in_values_and_gradients():
     x, weight, experts = layer()
@@ -68,7 +64,6 @@ def test_experts_equal_a_loop_in_values_and_gradients():
             assert torch.allclose(expected, found, atol=1e-10)
     assert torch.allclose(experts.dispatch(x, weight)[7], experts.shared(x[7]))
 
-
 def test_dispatch_reads_any_shape_dtype_and_a_single_token():
     x, weight, experts = layer()
     whole = experts.dispatch(x, weight)
@@ -78,7 +73,6 @@ def test_dispatch_reads_any_shape_dtype_and_a_single_token():
     y, expected = half.dispatch(x.bfloat16(), weight.float()), half(x.bfloat16(), weight.float())
     assert y.dtype == expected.dtype == torch.bfloat16
     assert torch.allclose(y.double(), whole, atol=0.05) and torch.allclose(y, expected, atol=0.05)
-
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_the_contract_holds_for_every_routing(dataset, routing):
@@ -98,7 +92,6 @@ def test_the_contract_holds_for_every_routing(dataset, routing):
     most = model.dense(x, model.full)[1].sum(-1).mean().item()              # experts of a token and layer
     assert spent[0] == 0 and 0 < spent[1] <= spent[-1] == pytest.approx(most)
     assert most == pytest.approx(4) if routing != "relu" else 1 < most < 3
-
 
 def test_the_control_deals_counts_and_the_router_names_the_experts():
     """Counts of another token: as many of its own, those of least need; its own counts change nothing."""
@@ -121,7 +114,6 @@ def test_the_control_deals_counts_and_the_router_names_the_experts():
     more = relu.dense(x, decisions=torch.ones_like(dealt))[0]
     assert not torch.equal(more, logits) and torch.allclose(more, relu.masked(x, relu.full)[0], atol=1e-5)
 
-
 def test_balance_loss_is_one_at_uniform_load():
     """1 or 2 of 8 experts in turn, top_p on permutations; 4 for everything on 2 of 8, pushed down."""
     turn = torch.eye(8)[torch.arange(64) % 8]
@@ -140,7 +132,6 @@ def test_balance_loss_is_one_at_uniform_load():
     both = torch.stack([p.new_full((8, 8), 1 / 8), skewed[:1].expand(8, 8) / 2])   # layers apart
     assert script.balance_loss(both, torch.stack([turn[:8], skewed[:1].expand(8, 8)])).tolist() == [1, 4]
 
-
 def test_top_k_is_tested_as_it_was_trained(run, shorten, tmp_path):
     """0.6 of the MACs is calibrated to 2 experts, next above; training runs 1 in each of 2 layers."""
     shorten(script, 20)
@@ -148,7 +139,6 @@ def test_top_k_is_tested_as_it_was_trained(run, shorten, tmp_path):
     assert run("moe", *options, "--device", "cpu", *steps(2), cwd=tmp_path)[0] == 0
     model, macs = build(script, "pydoc"), np.load(tmp_path / "logs/pydoc-tiny/moe-s0.npz")["token_macs"]
     assert (macs == model.fixed_macs + 2 * model.expert_macs).all()
-
 
 def test_the_task_teaches_the_router_at_k_1(monkeypatch):
     """The gradient of the cross-entropy alone; were the weights renormalised, it would vanish."""
@@ -168,7 +158,6 @@ def test_the_task_teaches_the_router_at_k_1(monkeypatch):
         sizes.append(max(grad.abs().max().item() for grad in grads))
     assert sizes[0] > 1e-4 and sizes[1] < 1e-4 * sizes[0]
 
-
 def test_the_loss_by_hand():
     """What is shown is the cross-entropy alone; the auxiliary losses are those of the formulas."""
     model, x = build(script, "pydoc", "tiny", "--balance", "5", "--routing", "top_p"), inputs("pydoc")
@@ -185,7 +174,6 @@ def test_the_loss_by_hand():
         z += s.exp().sum(-1).log().square().mean() / 2
     expected = plain + 5 * balance + 1e-3 * z
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-
 
 @pytest.mark.parametrize("balance", ("0", "1"))
 def test_the_penalty_of_relu_by_hand(balance):
@@ -205,7 +193,6 @@ def test_the_penalty_of_relu_by_hand(balance):
         model.loss(x, x, 0.5)
         assert model.penalty.item() == pytest.approx(expected)
 
-
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_a_sharp_router_has_a_gradient(routing):
     """Probabilities of exactly 0 in float32: their entropy is 0, and so is its derivative."""
@@ -215,7 +202,6 @@ def test_a_sharp_router_has_a_gradient(routing):
     loss, _ = model.loss(x, x, 0.5)
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
-
 
 @pytest.mark.parametrize("routing", ("top_p", "top_k"))
 def test_the_threshold_of_training(routing):
@@ -239,7 +225,6 @@ def test_the_threshold_of_training(routing):
     other.load_state_dict(model.state_dict())
     assert torch.equal(other.threshold, model.threshold)
 
-
 def test_specialisation_by_hand():
     """Two kinds, 30 and 10 tokens. Layer 1: each has an expert, as many bits as the kinds have. Layer
     2: all run both, 0 bits. An expert that nobody runs changes nothing."""
@@ -247,7 +232,6 @@ def test_specialisation_by_hand():
     chosen = np.array([[kind == 7, kind == 3, kind < 0], [kind > 0, kind > 0, kind < 0]]).transpose(0, 2, 1)
     entropy = -(0.75 * np.log2(0.75) + 0.25 * np.log2(0.25))
     assert script.specialisation(chosen, kind) == pytest.approx([entropy, 0], abs=1e-3)
-
 
 def test_training_meets_the_budget():
     """With relu the penalty brings it about; the budget is the calibration's at the latest."""

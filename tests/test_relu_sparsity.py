@@ -6,7 +6,6 @@ import torch
 import relu_sparsity as script
 from conftest import build, inputs, trained
 
-
 def test_hoyer_by_hand():
     """(3 + 4)^2 / (4 (9 + 16)) = 0.49; equal activations 1; a single one 1 / H; blind to scale."""
     assert script.hoyer(torch.tensor([3.0, 4, 0, 0])).item() == pytest.approx(0.49)
@@ -14,7 +13,6 @@ def test_hoyer_by_hand():
     assert script.hoyer(torch.eye(8)).item() == pytest.approx(1 / 8)
     h = torch.rand(4, 16)
     assert script.hoyer(h).item() == pytest.approx(script.hoyer(100 * h).item())
-
 
 def test_sparse_product_equals_dense():
     """Rows that are empty, full and mixed, the first and the last among them."""
@@ -24,7 +22,6 @@ def test_sparse_product_equals_dense():
     h[10] = 1
     assert torch.allclose(script.sparse_product(h, weight), h @ weight, atol=1e-5)
     assert torch.equal(script.sparse_product(torch.zeros(3, 24), weight), torch.zeros(3, 7))
-
 
 def test_macs_count_each_neuron_that_fired(dataset):
     """All neurons on, none on, and one on in one layer. At threshold 0 it is the static network."""
@@ -43,7 +40,6 @@ def test_macs_count_each_neuron_that_fired(dataset):
     assert macs.tolist() == [model.net.macs - 2 * T * H * C + T * C] * 2
     assert torch.equal(one, token_macs + C)
 
-
 @torch.no_grad()
 def test_density_is_what_hooks_count():
     """In ten batches, where sums of rounded shares would miss 1; float64 keeps all signs as they are."""
@@ -59,7 +55,6 @@ def test_density_is_what_hooks_count():
     assert np.allclose(by_example, fired.mean((2, 3)).T, atol=1e-6)
     assert np.allclose(by_neuron, fired.mean((1, 2)), atol=1e-6)
     assert (by_neuron[0] == 1).sum() == 5 and (by_neuron[1] == 0).sum() >= 7
-
 
 def test_the_penalty_makes_activations_sparser():
     """The same steps with and without it, from the same start."""

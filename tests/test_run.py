@@ -17,7 +17,6 @@ OPTIONS = ("--size", "tiny", "--device", "cpu", "--seed", "7")
 folders = {}
 load_all = scripts[NAMES[0]].load_data          # the same code in all; this one is never shortened
 
-
 @pytest.fixture(params=NAMES)
 def finished(request, dataset, run, shorten, tmp_path_factory):
     """A run that ended well, on 300 examples of each split: name, dataset, folder, what it printed."""
@@ -32,11 +31,9 @@ def finished(request, dataset, run, shorten, tmp_path_factory):
         folders[name, dataset] = name, dataset, folder, printed
     return folders[name, dataset]
 
-
 def read(path):
     with np.load(path) as log:
         return {key: log[key] for key in log.files}
-
 
 def test_the_log_follows_the_schema_and_the_picture_is_there(finished):
     name, dataset, folder, printed = finished
@@ -84,7 +81,6 @@ def test_the_log_follows_the_schema_and_the_picture_is_there(finished):
     assert np.ptp(log["macs"]) > 0
     assert not text or (log["token_macs"].sum(1) <= log["macs"]).all()
 
-
 def test_a_loaded_run_is_the_run(finished, run, shorten):
     """The options of the first, no training: the same log, under a name of its own; or another budget."""
     name, dataset, folder, _ = finished
@@ -106,7 +102,6 @@ def test_a_loaded_run_is_the_run(finished, run, shorten):
         path.unlink()
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
-
 def test_what_cannot_be_loaded_is_one_line(finished, run, tmp_path):
     name, dataset, folder, _ = finished
     weights = folder / f"logs/{dataset}-tiny/{name}-s7.pt"
@@ -119,7 +114,6 @@ def test_what_cannot_be_loaded_is_one_line(finished, run, tmp_path):
         status, printed, errors = run(name, "--load", str(path), *more, cwd=tmp_path)
         assert status == 2 and "Traceback" not in errors and str(path) in errors.splitlines()[-1]
 
-
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_seed_gives_the_same_log(name, run, shorten, tmp_path):
     logs = []
@@ -131,7 +125,6 @@ def test_the_same_seed_gives_the_same_log(name, run, shorten, tmp_path):
     for key in set(logs[0]) - {"meta"}:
         assert np.array_equal(logs[0][key], logs[1][key]), key
     assert not np.array_equal(logs[0]["loss"], logs[2]["loss"])
-
 
 @pytest.mark.parametrize("stop", ("SIGKILL", "SIGINT"))
 def test_a_killed_run_leaves_the_old_log(stop, tmp_path):
@@ -161,7 +154,6 @@ script.main(script.options(["--dataset", "pydoc", "--size", "tiny", "--device", 
     assert path.read_bytes() == b"the old log"
     assert [p.name for p in path.parent.glob("*.npz")] == [path.name]
 
-
 ERRORS = [
     (["--dataset", "mnist"], "invalid choice"),
     (["--nonsense"], "unrecognized arguments"),
@@ -180,7 +172,6 @@ ERRORS = [
     (["--dataset", "pydoc"], "logs"),               # where a file stands in the place of the folder
     (["--dataset", "pydoc"], "pydoc_data"),         # some builds of Python leave their manual out
 ]
-
 
 @pytest.mark.parametrize("options, message", ERRORS, ids=lambda value: "".join(value)[:40])
 @pytest.mark.parametrize("name", NAMES)
@@ -201,7 +192,6 @@ def test_bad_input_is_one_line(name, options, message, run, tmp_path, monkeypatc
     assert len(said) == 1 and said[0].startswith(f"{name}.py: ") and message in said[0]
     assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.pt"))
 
-
 def test_stopping_with_ctrl_c(tmp_path):
     """In a process of its own: exit status 2, one line, no file left."""
     process = subprocess.Popen(
@@ -214,7 +204,6 @@ def test_stopping_with_ctrl_c(tmp_path):
     assert process.returncode == 2 and "Traceback" not in errors and "stopped" in errors
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
-
 def test_the_static_network_learns():
     """Better than a guess from one character: the entropy of a character given the one before it."""
     script = scripts["relu_sparsity"]
@@ -226,7 +215,6 @@ def test_the_static_network_learns():
     bigram = -(p * (p / p.sum(1, keepdim=True).clamp(1e-9)).clamp(1e-9).log()).sum()
     loss = script.evaluate(model, model.masked, (x, y), 0.0)["means"]["loss"]
     assert loss < bigram
-
 
 def test_the_learning_rate_rises_and_falls(monkeypatch):
     """In a tenth of the steps, then to 0; AdamW at a fifth of Muon's; every parameter is held once."""

@@ -11,7 +11,6 @@ BUDGETS, REST = "# === shared: budgets ===", "# === shared: static network ==="
 BLOCK = re.compile(r"^# === shared: ([\w ]+) ===\n(.*?)^# === end shared ===$", re.M | re.S)
 texts = {name: (ROOT / f"{name}.py").read_text() for name in NAMES}
 
-
 def test_what_is_below_the_banner_is_the_same_in_every_script():
     """All of it, in marked blocks; budgets only where there is one."""
     below, first = {text.split(BANNER)[1].split(REST)[1] for text in texts.values()}, {}
@@ -22,7 +21,6 @@ def test_what_is_below_the_banner_is_the_same_in_every_script():
         assert text.count("# === shared: ") == text.count("# === end shared ===") == len(blocks) == 3 + (BUDGETS in text)
         for block, code in blocks:
             assert code == first.setdefault(block, code), f"'{block}' of {name}.py differs"
-
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_mechanism_comes_first(name):
@@ -35,7 +33,6 @@ def test_the_mechanism_comes_first(name):
     assert own <= 250 and shared < 300 and text.count("\n") < (550 if BUDGETS in text else 450)
     doc = ast.get_docstring(ast.parse(text))
     assert doc.count("\n") < 25 and not re.search(r"\d %|\d nats", doc)
-
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
 def test_lines_fit_the_page(path):

@@ -7,7 +7,6 @@ from torch import nn
 import token_boost as script
 from conftest import build, inputs, trained
 
-
 class Forced(nn.Module):
     """A gate that wants a given number of learners for every token, whatever it reads."""
 
@@ -18,14 +17,12 @@ class Forced(nn.Module):
     def forward(self, x, noise=False):
         return self.scores
 
-
 def naive(mlp, x, k):
     """The bias and the first k learners, one neuron after the other: x (C,) -> (C,)."""
     y = mlp.down.bias.clone()
     for j in range(k * len(mlp.up.bias) // mlp.learners):
         y += mlp.down.weight[:, j] * max(0.0, (mlp.up.weight[j] @ x + mlp.up.bias[j]).item())
     return y
-
 
 @torch.no_grad()
 @pytest.mark.parametrize("learners", (4, 8))
@@ -55,7 +52,6 @@ def test_every_count_in_one_batch(dataset, learners):
         model.gates = nn.ModuleList(Forced(c[i:i + 1], learners) for c in count)
         assert torch.allclose(model.skipping(x[i:i + 1], 0.0)[0], expected[i], atol=1e-10, rtol=0)
 
-
 @torch.no_grad()
 def test_the_ends_are_the_static_network_and_its_biases(dataset):
     """And with k learners for every token, each MLP is its first k."""
@@ -77,7 +73,6 @@ def test_the_ends_are_the_static_network_and_its_biases(dataset):
         block.mlp.down.weight.zero_()
     assert torch.allclose(model.skipping(x, model.cheapest)[0], model.net(x), atol=1e-4)
 
-
 @torch.no_grad()
 def test_scores_never_rise_and_noise_is_logistic():
     """A learner above 0 with noise: as often as the sigmoid of its score says, if it is the first."""
@@ -88,7 +83,6 @@ def test_scores_never_rise_and_noise_is_logistic():
     many = x[:1].expand(200000, -1)
     often = (gate(many, noise=True)[:, 0] > 0.7).float().mean().item()
     assert often == pytest.approx((gate(x[:1])[0, 0] - 0.7).sigmoid().item(), abs=0.005)
-
 
 def test_gates_learn_to_leave_out_a_learner_that_hurts():
     """Only the last learner of the last layer writes, and what it writes makes every answer wrong."""
@@ -108,7 +102,6 @@ def test_gates_learn_to_leave_out_a_learner_that_hurts():
         total += torch.autograd.grad(loss, model.gates[1].out.bias)[0]
     assert total[3] > 0 and total[3] > 3 * total[:3].abs().max()        # less of the last
 
-
 def test_an_eighth_runs_all_and_an_eighth_the_same():
     torch.manual_seed(0)
     model, x = build(script), inputs("shapes", count=32)
@@ -122,7 +115,6 @@ def test_an_eighth_runs_all_and_an_eighth_the_same():
     assert many.unique().tolist() == [0, 1, 2, 3, 4] and many.float().mean() == pytest.approx(2, abs=0.3)
     model.price = torch.tensor(0.0)
     assert model.dense(x)[1].unique().tolist() == [0, 1]                # not 0.9999, which would count as 0
-
 
 def test_the_price_meets_a_budget():
     """Scores of which a known share is above the price, as many as the budget buys by hand."""
@@ -138,7 +130,6 @@ def test_the_price_meets_a_budget():
         model.meet(budget, scores)
         assert model.price.item() == pytest.approx(price, abs=1e-3)
 
-
 @torch.no_grad()
 def test_sorting_neurons_changes_nothing_but_their_order():
     model, x = build(script), inputs("shapes")
@@ -149,7 +140,6 @@ def test_sorting_neurons_changes_nothing_but_their_order():
     state = model.net.blocks[0](model.net.embed(x))
     use = mlp.up(model.net.blocks[1].mix(state)).relu().mean((0, 1)) * mlp.down.weight.norm(dim=0)
     assert (use.diff() < 1e-6).all() and use[0] > 2 * use[-1]
-
 
 def test_sorting_in_the_middle_of_a_step_in_bfloat16():
     """Autocast keeps copies of weights; the gradient must be that of a network sorted before."""
@@ -165,7 +155,6 @@ def test_sorting_in_the_middle_of_a_step_in_bfloat16():
         twin.load_state_dict(model.state_dict())
         twin.sorted = True
     assert torch.allclose(*gradients, atol=1e-6) and gradients[0].abs().max() > 1e-4
-
 
 def test_training_boosts_and_meets_the_budget():
     """On text: every prefix works, a longer one better; the price of training spends the budget."""
