@@ -230,8 +230,8 @@ def main(cfg):
             for run in sweep]                                                   # (S, L)
     axis = Figure(figsize=(8, 5), layout="constrained").subplots()
     axis.plot(np.transpose(left), "o-")
-    axis.set(title="share that leaves, by MACs", xlabel="exit", xticks=range(cfg.depth))
-    axis.legend([f"{run['macs'].mean() / model.net.macs:.2f}" for run in sweep])
+    axis.set(xlabel="exit", ylabel="share that leaves", xticks=range(cfg.depth))
+    axis.legend([f"{run['macs'].mean() / model.net.macs:.2f}" for run in sweep], title="MACs")
     axis.figure.savefig(picture, dpi=120)
     print(f"wrote {log} and {picture}")
 
@@ -242,14 +242,14 @@ def main(cfg):
 BUDGETS = (0.35, 0.5, 0.6, 0.7, 0.85)    # shares of the static network's MACs
 
 def calibrate(model, split, budget):
-    """Of 8192 thresholds the first, from the cheapest to the full, that spends a budget."""
+    """Of 16384 thresholds the first, from the cheapest to the full, that spends a budget."""
     def spend(threshold):
         few = [part[:2000] for part in split]    # enough for a mean
         return evaluate(model, model.masked, few, threshold)["means"]["budget"]
 
     ends = np.arcsinh([model.cheapest, model.full])    # they may be far
-    grid = np.sinh(np.linspace(*ends, 8192)).tolist()
-    return grid[bisect.bisect_left(grid, budget, hi=8191, key=spend)]
+    grid = np.sinh(np.linspace(*ends, 16384)).tolist()
+    return grid[bisect.bisect_left(grid, budget, hi=16383, key=spend)]
 
 def sweep_budgets(model, data):
     """Results at the BUDGETS in reach and in full, and means of the random control."""
@@ -359,9 +359,10 @@ def parse(parser, argv):    # adds what all scripts have -> namespace
     add("--name", default=SCRIPT, help="of this run and its files")
     add("--load", metavar="FILE", help="evaluate the .pt of an earlier run, without training")
     cfg = parser.parse_args(argv)
-    text = cfg.dataset in ("shakespeare", "pydoc")
-    known = load(cfg.load) if cfg.load else SIZES[cfg.size][text] | dict(text=text)
+    texts = ("shakespeare", "pydoc")
+    known = load(cfg.load) if cfg.load else SIZES[cfg.size][cfg.dataset in texts]
     cfg = parser.parse_args(argv, argparse.Namespace(**known))
+    cfg.text = cfg.dataset in texts
     for key, least in dict(width=1, depth=1, epochs=1e-3, lr=1e-6, seed=0).items():
         if not least <= getattr(cfg, key) < 1e6:
             parser.error(f"--{key} must be at least {least} and below a million")

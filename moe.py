@@ -128,7 +128,7 @@ class Model(nn.Module):
         k = np.interp(cfg.budget * self.net.macs, ends, (0, E))         # what the budget buys
         relu = cfg.routing == "relu"
         self.k = float(k) if relu else max(1, round(k) if cfg.routing == "top_k" else float(k))
-        self.cheapest, self.full = (-1e9, 0.0) if relu else (0.0, 1.001)    # shared alone, and all
+        self.cheapest, self.full = (-1e6, 0.0) if relu else (0.0, 1.001)    # shared alone, and all
         self.register_buffer("threshold", torch.tensor(0.0 if relu else self.k / E))
         self.register_buffer("penalty", torch.tensor(1e-3))             # on weights, for relu
 
@@ -229,14 +229,14 @@ def main(cfg):
 BUDGETS = (0.35, 0.5, 0.6, 0.7, 0.85)    # shares of the static network's MACs
 
 def calibrate(model, split, budget):
-    """Of 8192 thresholds the first, from the cheapest to the full, that spends a budget."""
+    """Of 16384 thresholds the first, from the cheapest to the full, that spends a budget."""
     def spend(threshold):
         few = [part[:2000] for part in split]    # enough for a mean
         return evaluate(model, model.masked, few, threshold)["means"]["budget"]
 
     ends = np.arcsinh([model.cheapest, model.full])    # they may be far
-    grid = np.sinh(np.linspace(*ends, 8192)).tolist()
-    return grid[bisect.bisect_left(grid, budget, hi=8191, key=spend)]
+    grid = np.sinh(np.linspace(*ends, 16384)).tolist()
+    return grid[bisect.bisect_left(grid, budget, hi=16383, key=spend)]
 
 def sweep_budgets(model, data):
     """Results at the BUDGETS in reach and in full, and means of the random control."""
@@ -346,9 +346,10 @@ def parse(parser, argv):    # adds what all scripts have -> namespace
     add("--name", default=SCRIPT, help="of this run and its files")
     add("--load", metavar="FILE", help="evaluate the .pt of an earlier run, without training")
     cfg = parser.parse_args(argv)
-    text = cfg.dataset in ("shakespeare", "pydoc")
-    known = load(cfg.load) if cfg.load else SIZES[cfg.size][text] | dict(text=text)
+    texts = ("shakespeare", "pydoc")
+    known = load(cfg.load) if cfg.load else SIZES[cfg.size][cfg.dataset in texts]
     cfg = parser.parse_args(argv, argparse.Namespace(**known))
+    cfg.text = cfg.dataset in texts
     for key, least in dict(width=1, depth=1, epochs=1e-3, lr=1e-6, seed=0).items():
         if not least <= getattr(cfg, key) < 1e6:
             parser.error(f"--{key} must be at least {least} and below a million")

@@ -238,9 +238,10 @@ def parse(parser, argv):    # adds what all scripts have -> namespace
     add("--name", default=SCRIPT, help="of this run and its files")
     add("--load", metavar="FILE", help="evaluate the .pt of an earlier run, without training")
     cfg = parser.parse_args(argv)
-    text = cfg.dataset in ("shakespeare", "pydoc")
-    known = load(cfg.load) if cfg.load else SIZES[cfg.size][text] | dict(text=text)
+    texts = ("shakespeare", "pydoc")
+    known = load(cfg.load) if cfg.load else SIZES[cfg.size][cfg.dataset in texts]
     cfg = parser.parse_args(argv, argparse.Namespace(**known))
+    cfg.text = cfg.dataset in texts
     for key, least in dict(width=1, depth=1, epochs=1e-3, lr=1e-6, seed=0).items():
         if not least <= getattr(cfg, key) < 1e6:
             parser.error(f"--{key} must be at least {least} and below a million")
