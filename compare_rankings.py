@@ -468,7 +468,7 @@ def telling_tables(logs):
     return lines
 
 def compare(logs, args):
-    """Logs -> report and pictures, and the lines to print."""
+    """Logs -> report and pictures, and the lines to print: how the report begins, where it is."""
     dataset, size, _ = logs[0].same
     label = None if logs[0].text else logs[0].label
     choosing = [log for log in logs if log.kind != "smaller"]
@@ -496,8 +496,8 @@ def compare(logs, args):
     elif ranked and all("token_macs" in log.arrays for log in ranked):
         pictures["examples"] = draw_passage(ranked)
     said = [f"**On {len(logs[0].macs):,} test examples of {dataset}, {answer}.**", "",
-            "## Does it pay?", "", *paying_table(logs), *tables]
-    return [*said, write(Path(args.out, "figures", f"{dataset}-{size}"), said, pictures)]
+            "## Does it pay?", "", *paying_table(logs)]
+    return [*said, write(Path(args.out, "figures", f"{dataset}-{size}"), said + tables, pictures)]
 
 def write(folder, said, pictures):
     """Report and pictures {name: figure} -> a line on them."""

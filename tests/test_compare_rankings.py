@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -61,11 +62,12 @@ def run(run, tmp_path):
 
 @pytest.fixture
 def report(run):
-    """report(*options) -> what the command prints when all is well."""
+    """report(*options) -> what the command prints when all is well, and the rest of the report."""
     def run_well(*options):
         status, printed, errors = run(*options)
         assert status == 0, errors
-        return printed
+        path = re.search(r"wrote (\S+);", printed)[1]
+        return printed + Path(path).read_text().split("# How to read")[0]
     return run_well
 
 @pytest.fixture
