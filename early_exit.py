@@ -200,12 +200,12 @@ class Model(nn.Module):
         return net.example_macs - net.head_macs + heads + token_macs.sum(1), token_macs
 
 def certified_threshold(model, split, risk, error=0.05):
-    """Learn then Test: from the full model on, ever bolder thresholds are tried, until Hoeffding's
-    bound, at level `error`, no longer says that at most `risk` of the answers are right in full
-    and wrong early -> the last threshold that passed."""
+    """Learn then Test: thresholds, ever bolder, until Hoeffding's bound no longer says that at most
+    `risk` of the answers turn wrong (right in full, wrong early) -> the last one that passed."""
     right = evaluate(model, model.masked, split, model.full)["correct"]         # (N, ...)
     slack, passed = math.sqrt(-math.log(error) / 2 / len(right)), model.full
-    for threshold in model.full + (model.cheapest - model.full) * np.linspace(0, 1, 51)[1:] ** 2:
+    grid = model.full + (model.cheapest - model.full) * np.linspace(0, 1, 51)[1:] ** 2
+    for threshold in tqdm(grid, "certify"):
         lost = right & ~evaluate(model, model.masked, split, threshold)["correct"]
         if lost.mean() + slack > risk:
             break

@@ -120,10 +120,10 @@ def tables():
     """The whole of RESULTS.md."""
     lines = ["# Results", "", "Made by `python3 tests/results.py --write` from the logs in this folder. "
              "Mean (lowest to highest seed). Quality is the test split's; MACs, bound and time are shares "
-             "of those of the same network, run in full. The static networks of `small` and exits on TinyShakespeare "
-             "were trained on a CPU; their minutes are those of one thread, beside another run. All others were "
+             "of those of the same network, run in full. The static networks and experts of `small` and exits on "
+             "TinyShakespeare were trained on a CPU; their minutes are those of one thread, beside another run. All others were "
              "trained on one NVIDIA H200, up to twenty at once: `small` in float32, `base` in bfloat16, with the same "
-             "steps in fewer launches (Muon's matrices of one shape in one batch, experts side by side).", ""]
+             "steps in fewer launches (Muon's matrices of one shape in one batch, experts side by side), and eight experts.", ""]
     for folder in sorted({path.parent for path in KEPT.glob("*/*.npz")}):
         logs = gather([folder])
         metas = [log.meta for log in logs]
