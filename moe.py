@@ -43,7 +43,7 @@ def options(argv=None):
     add = parser.add_argument
     add("--budget", type=float, default=0.5, help="mean MACs, as a share of the static network's")
     add("--routing", choices=["top_p", "top_k", "relu"], default="relu", help="which experts run")
-    add("--experts", type=int, default=4, help="that a router chooses from, in each layer")
+    add("--experts", type=int, default=8, help="that a router chooses from, in each layer")
     add("--hidden", type=int, help="neurons of an expert (default: the width)")
     add("--balance", type=float, default=0.01, help="weight of the balance loss (relu: on or off)")
     cfg = parse(parser, argv)
@@ -164,10 +164,11 @@ class Model(nn.Module):
             return loss + self.penalty * used, shown
         if self.training:
             self.threshold.lerp_(needed.quantile(self.k / needed.shape[-1]), 0.1)
-        p = scores.softmax(-1)
+        p, log_p = scores.softmax(-1), scores.log_softmax(-1)
         balance = balance_loss(p.flatten(1, 2), chosen.flatten(1, 2)).mean()
         small = scores.logsumexp(-1).square().mean()                # keeps scores small
-        return loss + self.balance * balance + 1e-3 * small, shown
+        entropy = -(p * log_p).sum(-1).mean()                       # keeps the router decided
+        return loss + self.balance * balance + 1e-3 * small + 1e-4 * entropy, shown
 
     def masked(self, x, threshold=None, decisions=None):
         """Computes everything, counts what was chosen -> logits, macs (B,), token_macs (B, T)."""

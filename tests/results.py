@@ -120,10 +120,10 @@ def tables():
     """The whole of RESULTS.md."""
     lines = ["# Results", "", "Made by `python3 tests/results.py --write` from the logs in this folder. "
              "Mean (lowest to highest seed). Quality is the test split's; MACs, bound and time are shares "
-             "of those of the same network, run in full. The static networks and experts of `small` and exits on "
-             "TinyShakespeare were trained on a CPU; their minutes are those of one thread, beside another run. All others were "
+             "of those of the same network, run in full. The static networks and `moe_experts_4` of `small` and exits "
+             "on TinyShakespeare were trained on a CPU; their minutes are those of one thread, beside another run. All others were "
              "trained on one NVIDIA H200, up to twenty at once: `small` in float32, `base` in bfloat16, with the same "
-             "steps in fewer launches (Muon's matrices of one shape in one batch, experts side by side), and eight experts.", ""]
+             "steps in fewer launches (Muon's matrices of one shape in one batch, experts side by side).", ""]
     for folder in sorted({path.parent for path in KEPT.glob("*/*.npz")}):
         logs = gather([folder])
         metas = [log.meta for log in logs]
@@ -136,7 +136,7 @@ def tables():
                   *static_table(logs)]
         if any(log.name in METHODS and log.name != STATIC for log in logs):
             lines += ["Methods, `python3 METHOD.py` with the same options, all others as they are by default (a longer "
-                      "name is the script with one option: `--grain`, `--estimator`, `--routing`, `--loss` branching, "
+                      "name is the script with one option: `--grain`, `--estimator`, `--routing`, `--experts`, `--loss` branching, "
                       "or for hoyer `--sparsity-weight 0.1`); MACs, where they are calibrated to 0.35, 0.5, 0.6, 0.7 and 0.85 of the static network's:",
                       "", *paying_table(logs),
                       "Rankings by MACs at the chosen budget, of the five scripts as they are by default:", "",

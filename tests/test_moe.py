@@ -79,7 +79,7 @@ def test_the_contract_holds_for_every_routing(dataset, routing):
     """And at the lowest threshold the shared expert runs alone, at the highest all of a weight not 0."""
     model = build(script, dataset, "tiny", "--routing", routing).double()
     x = inputs(dataset, count=6, dtype=torch.float64)
-    fixed = model.net.macs + 2 * 64 * (32 * 4 + 2 * 32 * 16 - 8 * 32 * 32)  # routers, shared, no MLPs
+    fixed = model.net.macs + 2 * 64 * (32 * 8 + 2 * 32 * 16 - 8 * 32 * 32)  # routers, shared, no MLPs
     spent = []
     for threshold in thresholds(model, x):
         executed, skipping = executed_macs(model.skipping, x, threshold)
@@ -91,7 +91,7 @@ def test_the_contract_holds_for_every_routing(dataset, routing):
         spent.append((skipping[1].double().mean().item() - fixed) / (2 * 64 * 2 * 32 * 32))
     most = model.dense(x, model.full)[1].sum(-1).mean().item()              # experts of a token and layer
     assert spent[0] == 0 and 0 < spent[1] <= spent[-1] == pytest.approx(most)
-    assert most == pytest.approx(4) if routing != "relu" else 1 < most < 3
+    assert most == pytest.approx(8) if routing != "relu" else 3 < most < 5
 
 def test_the_control_deals_counts_and_the_router_names_the_experts():
     """Counts of another token: as many of its own, those of least need; its own counts change nothing."""
@@ -107,10 +107,10 @@ def test_the_control_deals_counts_and_the_router_names_the_experts():
     order = needed[first].argsort(-1)
     ranked = found[first].gather(-1, order)
     assert (ranked[..., 1:] <= ranked[..., :-1]).all()
-    relu, dealt = build(script, "pydoc"), torch.zeros(2, 8, 64, 4)
-    dealt[..., :3] = 1                                      # more than have a weight: they add nothing
+    relu, dealt = build(script, "pydoc"), torch.zeros(2, 8, 64, 8)
+    dealt[..., :6] = 1                                      # more than have a weight: they add nothing
     logits, found, scores, _ = relu.dense(x, decisions=dealt)
-    assert found.sum(-1).eq(3).all() and (scores > 0).sum(-1).min() < 3
+    assert found.sum(-1).eq(6).all() and (scores > 0).sum(-1).min() < 6
     more = relu.dense(x, decisions=torch.ones_like(dealt))[0]
     assert not torch.equal(more, logits) and torch.allclose(more, relu.masked(x, relu.full)[0], atol=1e-5)
 
@@ -166,13 +166,14 @@ def test_the_loss_by_hand():
     logits, chosen, scores, _ = model.dense(x)
     plain = -logits.log_softmax(-1).gather(-1, y[..., None]).mean()
     assert shown["loss"].item() == pytest.approx(plain.item(), abs=1e-5)
-    balance = z = 0
+    balance = z = entropy = 0
     for s, w in zip(scores, chosen):                            # two layers
         q = s.softmax(-1)
         f, P = w.flatten(0, 1).mean(0), q.flatten(0, 1).mean(0)
-        balance += 4 * (f / f.sum() * P).sum() / 2
+        balance += 8 * (f / f.sum() * P).sum() / 2
         z += s.exp().sum(-1).log().square().mean() / 2
-    expected = plain + 5 * balance + 1e-3 * z
+        entropy -= (q * q.log()).sum(-1).mean() / 2
+    expected = plain + 5 * balance + 1e-3 * z + 1e-4 * entropy
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 @pytest.mark.parametrize("balance", ("0", "1"))
@@ -183,8 +184,8 @@ def test_the_penalty_of_relu_by_hand(balance):
     _, chosen, scores, _ = model.dense(x)
     used = 0
     for s, w in zip(scores, chosen):                            # two layers
-        f = w.flatten(0, 1).mean(0) if balance == "1" else torch.ones(4)
-        used += 4 * (f / f.sum() * s.relu().flatten(0, 1).mean(0)).sum() / 2
+        f = w.flatten(0, 1).mean(0) if balance == "1" else torch.ones(8)
+        used += 8 * (f / f.sum() * s.relu().flatten(0, 1).mean(0)).sum() / 2
     assert loss.item() == pytest.approx((shown["loss"] + 1e-3 * used).item(), rel=1e-5)
     assert model.penalty.item() == pytest.approx(1e-3)
     model.train()
