@@ -46,10 +46,12 @@ def options(argv=None):
     add("--loss", choices=["sum", "branching"], default="sum", help="how the heads are trained")
     add("--criterion", choices=["confidence", "margin", "entropy", "gain"],
         help="best class, lead over the second, 1 - entropy, a gate (default: margin, or gain)")
-    add("--risk", type=float, default=0.0, help="answers that may turn wrong, instead of a budget")
+    add("--risk", type=float, default=0.0, help="share of answers that may turn wrong; no budget")
     cfg = parse(parser, argv)
     cfg.regime = cfg.regime or ("joint" if cfg.text else "mixed")
     cfg.criterion = cfg.criterion or ("gain" if cfg.text or cfg.loss != "sum" else "margin")
+    if cfg.loss == "branching" and cfg.criterion != "gain":
+        parser.error("--loss branching decides by its gates: leave --criterion out")
     if not (0 < cfg.budget <= 1 and 0 <= cfg.risk < 1 and cfg.depth > 1):
         parser.error("--budget and --risk must be between 0 and 1, --depth at least 2")
     return cfg
@@ -142,7 +144,7 @@ class Model(nn.Module):
 
     def loss(self, x, y, progress):
         """What training minimises, and numbers for the progress bar."""
-        apart = self.regime == "frozen" or self.regime == "mixed" and progress < 0.6    # late
+        apart = self.regime == "frozen" or self.regime == "mixed" and progress < 0.6
         logits, sure, _ = self.all_exits(x, apart=apart)
         each = torch.stack([F.cross_entropy(z.movedim(-1, 1), y, reduction="none") for z in logits])
         losses = each.flatten(1).mean(1)                                        # (L,)
@@ -201,15 +203,15 @@ class Model(nn.Module):
 
 def certified_threshold(model, split, risk, error=0.05):
     """Learn then Test: thresholds, ever bolder, until Hoeffding's bound no longer says that at most
-    `risk` of the answers turn wrong (right in full, wrong early) -> the last one that passed."""
+    `risk` of the answers turn wrong (right in full, wrong early) -> the last that passed."""
     right = evaluate(model, model.masked, split, model.full)["correct"]         # (N, ...)
     slack, passed = math.sqrt(-math.log(error) / 2 / len(right)), model.full
-    grid = model.full + (model.cheapest - model.full) * np.linspace(0, 1, 51)[1:] ** 2
-    for threshold in tqdm(grid, "certify"):
+    for threshold in tqdm(1 - np.linspace(0, 1, 51) ** 2, "certify"):
         lost = right & ~evaluate(model, model.masked, split, threshold)["correct"]
         if lost.mean() + slack > risk:
             break
         passed = float(threshold)
+    print(f"certified threshold: {passed:.3f} ({model.full}: too few examples for any other)")
     return passed
 
 def main(cfg):
@@ -242,14 +244,13 @@ def main(cfg):
 BUDGETS = (0.35, 0.5, 0.6, 0.7, 0.85)    # shares of the static network's MACs
 
 def calibrate(model, split, budget):
-    """Of 16384 thresholds the first, from the cheapest to the full, that spends a budget."""
-    def spend(threshold):
+    """The first of 16384 thresholds, from the cheapest to the full, that spends a budget."""
+    def spend(place):
         few = [part[:2000] for part in split]    # enough for a mean
-        return evaluate(model, model.masked, few, threshold)["means"]["budget"]
+        return evaluate(model, model.masked, few, math.sinh(place))["means"]["budget"]
 
-    ends = np.arcsinh([model.cheapest, model.full])    # they may be far
-    grid = np.sinh(np.linspace(*ends, 16384)).tolist()
-    return grid[bisect.bisect_left(grid, budget, hi=16383, key=spend)]
+    grid = np.linspace(*np.arcsinh([model.cheapest, model.full]), 16384)    # sinh: finer near 0
+    return math.sinh(grid[bisect.bisect_left(grid, budget, hi=16383, key=spend)])
 
 def sweep_budgets(model, data):
     """Results at the BUDGETS in reach and in full, and means of the random control."""
@@ -258,11 +259,10 @@ def sweep_budgets(model, data):
         return model.masked(x, decisions=[each.flip(0) for each in decisions])
 
     sweep, random = [], []
-    for budget in tqdm([*BUDGETS, math.inf], "sweep"):
-        full = budget == math.inf
-        threshold = model.full if full else calibrate(model, data["calibration"], budget)
+    for budget in tqdm([*BUDGETS, None], "sweep"):
+        threshold = calibrate(model, data["calibration"], budget) if budget else model.full
         result = evaluate(model, model.skipping, data["test"], threshold)
-        if full or abs(result["means"]["budget"] - budget) < 0.02:
+        if not budget or abs(result["means"]["budget"] - budget) < 0.02:
             sweep.append(result)
             random.append(evaluate(model, control, data["test"], threshold)["means"])
     return sweep, random
@@ -358,7 +358,7 @@ def parse(parser, argv):    # adds what all scripts have -> namespace
     add("--out", default=".", help="folder of logs/ and figures/")
     add("--name", default=SCRIPT, help="of this run and its files")
     add("--load", metavar="FILE", help="evaluate the .pt of an earlier run, without training")
-    cfg = parser.parse_args(argv)
+    cfg = parser.parse_args(argv)    # then again, over what --size or --load set
     texts = ("shakespeare", "pydoc")
     known = load(cfg.load) if cfg.load else SIZES[cfg.size][cfg.dataset in texts]
     cfg = parser.parse_args(argv, argparse.Namespace(**known))
@@ -514,13 +514,13 @@ def load(path, model=None):    # -> options of a run, whose weights go into the 
 def save(log, cfg, data, model, result, sweep, **extra):
     """Write the weights and the log of a run (README: The log), print its means."""
     options = {key: vars(cfg)[key] for key in vars(cfg).keys() - {"data", "out", "load", "device"}}
-    again = options | dict(name=f"{cfg.name}_loaded")    # so --load overwrites nothing
+    again = options | dict(name=f"{cfg.name}_loaded")    # so --load spares this run
     torch.save(dict(options=again, state_dict=model.state_dict()), log.with_suffix(".pt"))
     test = b"".join(part.cpu().numpy().tobytes() for part in data["test"])
     meta = options | extra | dict(
         schema=3, script=SCRIPT, test_sha256=hashlib.sha256(test).hexdigest(),
         static_macs=model.net.macs, at_budget=result["means"], full=sweep[-1]["means"],
-        threads=torch.get_num_threads(), torch=torch.__version__,
+        threads=torch.get_num_threads(), torch=torch.__version__, threshold=result["threshold"],
         device=torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU",
         wall_clock=wall_clock(cfg, model, data["test"][0], result["threshold"]))
     kept = ("label", "prediction", "macs", "token_macs" if cfg.text else "difficulty")

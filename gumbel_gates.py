@@ -1,7 +1,7 @@
 """Learn what to skip: gates trained with back-propagation through the Gumbel-softmax trick.
 
 A small gate before every block but the first computes a score z, and F, the block, the MLP of one
-token or a group of its neurons (`--grain`), runs or does not:
+token or a group of neurons (`--grain`), runs or does not (its output bias is always added):
 
     x <- x + g * sigmoid(z) * F(x),      g = 1 if z > 0 else 0
 
@@ -9,8 +9,8 @@ A step has no gradient. The trick: argmax_j (s_j + Gumbel noise_j) draws j with 
 softmax(s)_j; backward it gets the gradient of softmax((s + noise) / temperature). Here s = (z, 0).
 
 The static network trains alone first; then gates join, and their budget falls from 1 to its value.
-The loss is the cross-entropy + 10 (mean MACs - budget)^2 over a batch, an eighth of which runs with
-all gates open. Afterwards there is no noise: F runs where z > threshold.
+The loss is the cross-entropy + 10 (mean MACs - budget)^2; an eighth of a batch runs with all gates
+open, and does not count. Afterwards there is no noise: F runs where z > threshold.
 
 Papers: Jang et al. 2017, Maddison et al. 2017 (the trick); Veit and Belongie 2018 (ConvNet-AIG);
 Rao et al. 2021 (DynamicViT); Wang et al. 2018 (SkipNet); Raposo et al. 2024 (gate x probability).
@@ -43,7 +43,7 @@ def options(argv=None):
     add = parser.add_argument
     add("--budget", type=float, default=0.5, help="mean MACs, as a share of the static network's")
     add("--grain", choices=["layer", "token", "group"], default="token",
-        help="what a gate switches: an image's block, a token's MLP, a quarter of its neurons")
+        help="what a gate switches: an image's block, a token's MLP, a quarter of an image's MLPs")
     add("--estimator", choices=ESTIMATORS, default="gumbel",
         help="how gates learn: by the trick, by a sigmoid's gradient, or by trial and reward")
     cfg = parse(parser, argv)
@@ -65,7 +65,7 @@ def gumbel_softmax(scores, temperature):
     return hard + (soft - soft.detach())            # straight through: hard, with soft's gradient
 
 def sample_gates(z, estimator):
-    """Scores z -> gates of 0 and 1, alike; 1 with probability sigmoid(z), but for sigmoid_st."""
+    """Scores z -> as many gates, 0 or 1; 1 with probability sigmoid(z), but for sigmoid_st."""
     if estimator == "gumbel":           # the difference of two Gumbels is logistic noise on z
         return gumbel_softmax(torch.stack([z, torch.zeros_like(z)], -1), temperature=1.0)[..., 0]
     p = z.sigmoid()
@@ -195,8 +195,8 @@ def mutual_information(gates, label):
     return entropy(gates.mean(0)) - counts / len(label) @ entropy(p_open)
 
 def gradient_noise(model, x, y, estimator, repeats=30):
-    """Root of the total variance, over repeats on one batch, of an estimator's gradient of the task
-    by the gates' parameters, over the length of its mean; nan: too noisy."""
+    """Standard deviation of an estimator's gradient for the gates, over repeats on a batch, by the
+    length of its mean. nan: too noisy to tell. sigmoid_st draws nothing: 0, but it is biased."""
     x, y = x[:7], y[:7].long()       # with 7 inputs no gate is opened
     model.estimator, model.budget_weight = estimator, 0.0
     losses = (model.loss(x, y, 1.0)[0] for _ in range(repeats))
@@ -242,14 +242,13 @@ def main(cfg):
 BUDGETS = (0.35, 0.5, 0.6, 0.7, 0.85)    # shares of the static network's MACs
 
 def calibrate(model, split, budget):
-    """Of 16384 thresholds the first, from the cheapest to the full, that spends a budget."""
-    def spend(threshold):
+    """The first of 16384 thresholds, from the cheapest to the full, that spends a budget."""
+    def spend(place):
         few = [part[:2000] for part in split]    # enough for a mean
-        return evaluate(model, model.masked, few, threshold)["means"]["budget"]
+        return evaluate(model, model.masked, few, math.sinh(place))["means"]["budget"]
 
-    ends = np.arcsinh([model.cheapest, model.full])    # they may be far
-    grid = np.sinh(np.linspace(*ends, 16384)).tolist()
-    return grid[bisect.bisect_left(grid, budget, hi=16383, key=spend)]
+    grid = np.linspace(*np.arcsinh([model.cheapest, model.full]), 16384)    # sinh: finer near 0
+    return math.sinh(grid[bisect.bisect_left(grid, budget, hi=16383, key=spend)])
 
 def sweep_budgets(model, data):
     """Results at the BUDGETS in reach and in full, and means of the random control."""
@@ -258,11 +257,10 @@ def sweep_budgets(model, data):
         return model.masked(x, decisions=[each.flip(0) for each in decisions])
 
     sweep, random = [], []
-    for budget in tqdm([*BUDGETS, math.inf], "sweep"):
-        full = budget == math.inf
-        threshold = model.full if full else calibrate(model, data["calibration"], budget)
+    for budget in tqdm([*BUDGETS, None], "sweep"):
+        threshold = calibrate(model, data["calibration"], budget) if budget else model.full
         result = evaluate(model, model.skipping, data["test"], threshold)
-        if full or abs(result["means"]["budget"] - budget) < 0.02:
+        if not budget or abs(result["means"]["budget"] - budget) < 0.02:
             sweep.append(result)
             random.append(evaluate(model, control, data["test"], threshold)["means"])
     return sweep, random
@@ -358,7 +356,7 @@ def parse(parser, argv):    # adds what all scripts have -> namespace
     add("--out", default=".", help="folder of logs/ and figures/")
     add("--name", default=SCRIPT, help="of this run and its files")
     add("--load", metavar="FILE", help="evaluate the .pt of an earlier run, without training")
-    cfg = parser.parse_args(argv)
+    cfg = parser.parse_args(argv)    # then again, over what --size or --load set
     texts = ("shakespeare", "pydoc")
     known = load(cfg.load) if cfg.load else SIZES[cfg.size][cfg.dataset in texts]
     cfg = parser.parse_args(argv, argparse.Namespace(**known))
@@ -514,13 +512,13 @@ def load(path, model=None):    # -> options of a run, whose weights go into the 
 def save(log, cfg, data, model, result, sweep, **extra):
     """Write the weights and the log of a run (README: The log), print its means."""
     options = {key: vars(cfg)[key] for key in vars(cfg).keys() - {"data", "out", "load", "device"}}
-    again = options | dict(name=f"{cfg.name}_loaded")    # so --load overwrites nothing
+    again = options | dict(name=f"{cfg.name}_loaded")    # so --load spares this run
     torch.save(dict(options=again, state_dict=model.state_dict()), log.with_suffix(".pt"))
     test = b"".join(part.cpu().numpy().tobytes() for part in data["test"])
     meta = options | extra | dict(
         schema=3, script=SCRIPT, test_sha256=hashlib.sha256(test).hexdigest(),
         static_macs=model.net.macs, at_budget=result["means"], full=sweep[-1]["means"],
-        threads=torch.get_num_threads(), torch=torch.__version__,
+        threads=torch.get_num_threads(), torch=torch.__version__, threshold=result["threshold"],
         device=torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU",
         wall_clock=wall_clock(cfg, model, data["test"][0], result["threshold"]))
     kept = ("label", "prediction", "macs", "token_macs" if cfg.text else "difficulty")

@@ -7,7 +7,7 @@ The MLP of a block becomes a small shared expert, which always runs, E larger on
 Expert e runs if w_e > 0 and the threshold, one for all layers and tokens, exceeds need_e:
 
     top_p   w = softmax(router(x)), need_e = the sum of the weights that are larger than w_e
-    top_k   the same w, need_e = the rank of e / E: the same count for every token
+    top_k   the same w, need_e = the rank of e, from 0, / E: the same count for every token
     relu    w = relu(router(x)), need_e = -router(x)_e; a penalty on w, by load, meets the budget
 
 The weights are not divided by their sum, or at k = 1 the task could not train the router. Left
@@ -69,7 +69,7 @@ def weigh(scores, routing):
 
 def balance_loss(p, chosen):
     """E * sum_e f_e P_e of Switch: p, chosen (..., N, E) -> (...), over the N tokens. f, the share
-    of e in all that was chosen, has no gradient; P is the mean of p, a softmax: 1 if f is even."""
+    of e in all that was chosen, has no gradient; P is the mean of p. With f even: mean sum of p."""
     f = chosen.detach().float().mean(-2)
     return p.shape[-1] * (f / f.sum(-1, keepdim=True).clamp_min(1e-9) * p.mean(-2)).sum(-1)
 
@@ -127,9 +127,10 @@ class Model(nn.Module):
                 for k in (0, E)]
         k = np.interp(cfg.budget * self.net.macs, ends, (0, E))         # what the budget buys
         relu = cfg.routing == "relu"
-        self.k = float(k) if relu else max(1, round(k) if cfg.routing == "top_k" else float(k))
-        self.cheapest, self.full = (-1e6, 0.0) if relu else (0.0, 1.001)    # shared alone, and all
-        self.register_buffer("threshold", torch.tensor(0.0 if relu else self.k / E))
+        k = round(k) if cfg.routing == "top_k" else float(k)
+        self.k = k if relu else max(1, k)       # a softmax needs an expert to learn from
+        self.cheapest, self.full = (-1e6, 0.0) if relu else (0.0, 1.001)    # shared alone; all
+        self.register_buffer("threshold", torch.tensor(0.0 if relu else (self.k - 0.5) / E))
         self.register_buffer("penalty", torch.tensor(1e-3))             # on weights, for relu
 
     def dense(self, x, threshold=None, decisions=None, dispatch=False):
@@ -142,7 +143,7 @@ class Model(nn.Module):
             scores = router(h)
             weight, needed = weigh(scores, self.routing)
             chosen = (needed < threshold) & (weight > 0)
-            if decisions is not None:           # as many experts; which, the router still says
+            if decisions is not None:           # as many experts, of least need (if w = 0, in vain)
                 count = decisions[layer].sum(-1, keepdim=True)
                 chosen = needed.argsort(dim=-1, stable=True).argsort(-1) < count
             chosen = chosen.to(weight.dtype)
@@ -154,16 +155,17 @@ class Model(nn.Module):
     def loss(self, x, y, progress):
         """What training minimises, and numbers for the progress bar."""
         logits, chosen, scores, needed = self.dense(x, dispatch=True)
-        loss, run = F.cross_entropy(logits.movedim(-1, 1), y), chosen.sum(-1).mean()
-        shown = dict(loss=loss, experts=run)
+        loss, count = F.cross_entropy(logits.movedim(-1, 1), y), chosen.sum(-1).mean()
+        shown = dict(loss=loss, experts=count)
         if self.routing == "relu":
             if self.training:
-                self.penalty.mul_(torch.where(run > self.k, 1.05, 1 / 1.05)).clamp_(1e-9, 1e3)
+                self.penalty.mul_(torch.where(count > self.k, 1.05, 1 / 1.05)).clamp_(1e-9, 1e3)
             counted = chosen if self.balance else torch.ones_like(chosen)   # then a plain L1
             used = balance_loss(scores.relu().flatten(1, 2), counted.flatten(1, 2)).mean()
             return loss + self.penalty * used, shown
-        if self.training:
-            self.threshold.lerp_(needed.quantile(self.k / needed.shape[-1]), 0.1)
+        if self.training and self.routing == "top_p":
+            some = needed[:, ::7]                                   # enough, and fast
+            self.threshold.lerp_(some.quantile(self.k / some.shape[-1]), 0.1)
         p, log_p = scores.softmax(-1), scores.log_softmax(-1)
         balance = balance_loss(p.flatten(1, 2), chosen.flatten(1, 2)).mean()
         small = scores.logsumexp(-1).square().mean()                # keeps scores small
@@ -230,14 +232,13 @@ def main(cfg):
 BUDGETS = (0.35, 0.5, 0.6, 0.7, 0.85)    # shares of the static network's MACs
 
 def calibrate(model, split, budget):
-    """Of 16384 thresholds the first, from the cheapest to the full, that spends a budget."""
-    def spend(threshold):
+    """The first of 16384 thresholds, from the cheapest to the full, that spends a budget."""
+    def spend(place):
         few = [part[:2000] for part in split]    # enough for a mean
-        return evaluate(model, model.masked, few, threshold)["means"]["budget"]
+        return evaluate(model, model.masked, few, math.sinh(place))["means"]["budget"]
 
-    ends = np.arcsinh([model.cheapest, model.full])    # they may be far
-    grid = np.sinh(np.linspace(*ends, 16384)).tolist()
-    return grid[bisect.bisect_left(grid, budget, hi=16383, key=spend)]
+    grid = np.linspace(*np.arcsinh([model.cheapest, model.full]), 16384)    # sinh: finer near 0
+    return math.sinh(grid[bisect.bisect_left(grid, budget, hi=16383, key=spend)])
 
 def sweep_budgets(model, data):
     """Results at the BUDGETS in reach and in full, and means of the random control."""
@@ -246,11 +247,10 @@ def sweep_budgets(model, data):
         return model.masked(x, decisions=[each.flip(0) for each in decisions])
 
     sweep, random = [], []
-    for budget in tqdm([*BUDGETS, math.inf], "sweep"):
-        full = budget == math.inf
-        threshold = model.full if full else calibrate(model, data["calibration"], budget)
+    for budget in tqdm([*BUDGETS, None], "sweep"):
+        threshold = calibrate(model, data["calibration"], budget) if budget else model.full
         result = evaluate(model, model.skipping, data["test"], threshold)
-        if full or abs(result["means"]["budget"] - budget) < 0.02:
+        if not budget or abs(result["means"]["budget"] - budget) < 0.02:
             sweep.append(result)
             random.append(evaluate(model, control, data["test"], threshold)["means"])
     return sweep, random
@@ -346,7 +346,7 @@ def parse(parser, argv):    # adds what all scripts have -> namespace
     add("--out", default=".", help="folder of logs/ and figures/")
     add("--name", default=SCRIPT, help="of this run and its files")
     add("--load", metavar="FILE", help="evaluate the .pt of an earlier run, without training")
-    cfg = parser.parse_args(argv)
+    cfg = parser.parse_args(argv)    # then again, over what --size or --load set
     texts = ("shakespeare", "pydoc")
     known = load(cfg.load) if cfg.load else SIZES[cfg.size][cfg.dataset in texts]
     cfg = parser.parse_args(argv, argparse.Namespace(**known))
@@ -502,13 +502,13 @@ def load(path, model=None):    # -> options of a run, whose weights go into the 
 def save(log, cfg, data, model, result, sweep, **extra):
     """Write the weights and the log of a run (README: The log), print its means."""
     options = {key: vars(cfg)[key] for key in vars(cfg).keys() - {"data", "out", "load", "device"}}
-    again = options | dict(name=f"{cfg.name}_loaded")    # so --load overwrites nothing
+    again = options | dict(name=f"{cfg.name}_loaded")    # so --load spares this run
     torch.save(dict(options=again, state_dict=model.state_dict()), log.with_suffix(".pt"))
     test = b"".join(part.cpu().numpy().tobytes() for part in data["test"])
     meta = options | extra | dict(
         schema=3, script=SCRIPT, test_sha256=hashlib.sha256(test).hexdigest(),
         static_macs=model.net.macs, at_budget=result["means"], full=sweep[-1]["means"],
-        threads=torch.get_num_threads(), torch=torch.__version__,
+        threads=torch.get_num_threads(), torch=torch.__version__, threshold=result["threshold"],
         device=torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU",
         wall_clock=wall_clock(cfg, model, data["test"][0], result["threshold"]))
     kept = ("label", "prediction", "macs", "token_macs" if cfg.text else "difficulty")

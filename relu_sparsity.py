@@ -6,7 +6,7 @@ Every block of the network holds an MLP, two matrix products and a ReLU between 
     y = W2 h = sum of h[j] * W2[:, j] over the neurons j that fired, those with h[j] > 0
 
 A neuron that did not fire adds nothing, yet a static network multiplies its column of W2 by 0.
-This script trains the static network of all others, and measures its density: how many fire.
+This script trains the static network that all start from, and measures its density: how many fire.
 `skipping` saves the MACs (multiply-accumulates) of zeros in W2 h; an oracle would in W1 x as well.
 
     python relu_sparsity.py --depth 4 --name depth_4         # a smaller one, to compare with
@@ -124,7 +124,7 @@ def main(cfg):
     data, model = load_data(cfg), Model(cfg).to(cfg.device)
     cfg.seconds = load(cfg.load, model)["seconds"] if cfg.load else train(model, data, cfg)
 
-    result = evaluate(model, model.skipping, data["test"], model.full)          # zeros lose nothing
+    result = evaluate(model, model.skipping, data["test"], model.full)          # skips zeros alone
     by_example, by_neuron = measure_density(model, data["test"][0])
     density = dict(layers=by_example.mean(0).tolist(), neurons=by_neuron.size,
                    never=int((by_neuron == 0).sum()), always=int((by_neuron == 1).sum()),
@@ -237,7 +237,7 @@ def parse(parser, argv):    # adds what all scripts have -> namespace
     add("--out", default=".", help="folder of logs/ and figures/")
     add("--name", default=SCRIPT, help="of this run and its files")
     add("--load", metavar="FILE", help="evaluate the .pt of an earlier run, without training")
-    cfg = parser.parse_args(argv)
+    cfg = parser.parse_args(argv)    # then again, over what --size or --load set
     texts = ("shakespeare", "pydoc")
     known = load(cfg.load) if cfg.load else SIZES[cfg.size][cfg.dataset in texts]
     cfg = parser.parse_args(argv, argparse.Namespace(**known))
@@ -393,13 +393,13 @@ def load(path, model=None):    # -> options of a run, whose weights go into the 
 def save(log, cfg, data, model, result, sweep, **extra):
     """Write the weights and the log of a run (README: The log), print its means."""
     options = {key: vars(cfg)[key] for key in vars(cfg).keys() - {"data", "out", "load", "device"}}
-    again = options | dict(name=f"{cfg.name}_loaded")    # so --load overwrites nothing
+    again = options | dict(name=f"{cfg.name}_loaded")    # so --load spares this run
     torch.save(dict(options=again, state_dict=model.state_dict()), log.with_suffix(".pt"))
     test = b"".join(part.cpu().numpy().tobytes() for part in data["test"])
     meta = options | extra | dict(
         schema=3, script=SCRIPT, test_sha256=hashlib.sha256(test).hexdigest(),
         static_macs=model.net.macs, at_budget=result["means"], full=sweep[-1]["means"],
-        threads=torch.get_num_threads(), torch=torch.__version__,
+        threads=torch.get_num_threads(), torch=torch.__version__, threshold=result["threshold"],
         device=torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU",
         wall_clock=wall_clock(cfg, model, data["test"][0], result["threshold"]))
     kept = ("label", "prediction", "macs", "token_macs" if cfg.text else "difficulty")

@@ -48,7 +48,7 @@ def options(argv=None):
     add("--learners", type=int, default=4, help="slices of an MLP's neurons, run one by one")
     cfg = parse(parser, argv)
     if not 0 < cfg.budget <= 1 or cfg.learners < 1 or 4 * cfg.width % cfg.learners:
-        parser.error(f"--budget is at most 1, and --learners divide {4 * cfg.width} neurons")
+        parser.error(f"--budget is in (0, 1], and --learners divide {4 * cfg.width} neurons")
     return cfg
 
 
@@ -148,10 +148,12 @@ class Model(nn.Module):
         if not self.sorted:
             self.sort(x)
         logits, runs, scores = self.dense(x)
-        loss, free = F.cross_entropy(logits.movedim(-1, 1), y), 2 * (len(x) // 8)
-        macs = self.count_macs(runs[:, free:].detach())[0].mean() / self.net.macs
-        self.meet(self.budget + 0.4 * torch.rand(()).item() - 0.2, scores[:, free:].detach())
-        return loss + 0.001 * scores.square().mean(), dict(loss=loss, macs=macs)
+        loss = F.cross_entropy(logits.movedim(-1, 1), y)
+        forced = 2 * (len(x) // 8)              # examples whose gates do not decide
+        macs = self.count_macs(runs[:, forced:].detach())[0].mean() / self.net.macs
+        self.meet(self.budget + 0.4 * torch.rand(()).item() - 0.2, scores[:, forced:].detach())
+        small = scores.square().mean()          # keeps scores small
+        return loss + 0.001 * small, dict(loss=loss, macs=macs)
 
     def meet(self, budget, scores):
         """Set the price at which tokens with such scores spend a budget."""
@@ -159,19 +161,21 @@ class Model(nn.Module):
         least = self.net.example_macs + tokens * self.fixed_macs
         most = least + tokens * len(self.gates) * self.learners * self.learner_macs
         share = (budget * self.net.macs - least) / (most - least)               # of learners
-        self.price = scores[:, ::7].quantile(1 - min(max(share, 0), 1))
+        scores = scores[:, ::7]                 # of a seventh of the examples: enough, and fast
+        self.price = scores.quantile(1 - min(max(share, 0), 1))
 
     @torch.no_grad()
     def sort(self, x):
         """Put first the neurons of a layer with the largest mean activation, over a batch, times
-        the norm of their column of W2. The network remains the same function."""
+        the norm of their column of W2. The network remains the same function; the optimizers'
+        momentum keeps the old order, and fades."""
         x = self.net.embed(x)
         for block in self.net.blocks:
             up, down = block.mlp.up, block.mlp.down
             use = up(block.mix(x)).relu().mean((0, 1)) * down.weight.norm(dim=0)
+            x = block(x)                        # before: autocast keeps copies of weights
             for weight in (up.weight, up.bias, down.weight.t()):
                 weight.copy_(weight[use.argsort(descending=True)])
-            x = block(x)
         torch.clear_autocast_cache()            # which holds the unsorted weights
         self.sorted = True
 
@@ -234,14 +238,13 @@ def main(cfg):
 BUDGETS = (0.35, 0.5, 0.6, 0.7, 0.85)    # shares of the static network's MACs
 
 def calibrate(model, split, budget):
-    """Of 16384 thresholds the first, from the cheapest to the full, that spends a budget."""
-    def spend(threshold):
+    """The first of 16384 thresholds, from the cheapest to the full, that spends a budget."""
+    def spend(place):
         few = [part[:2000] for part in split]    # enough for a mean
-        return evaluate(model, model.masked, few, threshold)["means"]["budget"]
+        return evaluate(model, model.masked, few, math.sinh(place))["means"]["budget"]
 
-    ends = np.arcsinh([model.cheapest, model.full])    # they may be far
-    grid = np.sinh(np.linspace(*ends, 16384)).tolist()
-    return grid[bisect.bisect_left(grid, budget, hi=16383, key=spend)]
+    grid = np.linspace(*np.arcsinh([model.cheapest, model.full]), 16384)    # sinh: finer near 0
+    return math.sinh(grid[bisect.bisect_left(grid, budget, hi=16383, key=spend)])
 
 def sweep_budgets(model, data):
     """Results at the BUDGETS in reach and in full, and means of the random control."""
@@ -250,11 +253,10 @@ def sweep_budgets(model, data):
         return model.masked(x, decisions=[each.flip(0) for each in decisions])
 
     sweep, random = [], []
-    for budget in tqdm([*BUDGETS, math.inf], "sweep"):
-        full = budget == math.inf
-        threshold = model.full if full else calibrate(model, data["calibration"], budget)
+    for budget in tqdm([*BUDGETS, None], "sweep"):
+        threshold = calibrate(model, data["calibration"], budget) if budget else model.full
         result = evaluate(model, model.skipping, data["test"], threshold)
-        if full or abs(result["means"]["budget"] - budget) < 0.02:
+        if not budget or abs(result["means"]["budget"] - budget) < 0.02:
             sweep.append(result)
             random.append(evaluate(model, control, data["test"], threshold)["means"])
     return sweep, random
@@ -350,7 +352,7 @@ def parse(parser, argv):    # adds what all scripts have -> namespace
     add("--out", default=".", help="folder of logs/ and figures/")
     add("--name", default=SCRIPT, help="of this run and its files")
     add("--load", metavar="FILE", help="evaluate the .pt of an earlier run, without training")
-    cfg = parser.parse_args(argv)
+    cfg = parser.parse_args(argv)    # then again, over what --size or --load set
     texts = ("shakespeare", "pydoc")
     known = load(cfg.load) if cfg.load else SIZES[cfg.size][cfg.dataset in texts]
     cfg = parser.parse_args(argv, argparse.Namespace(**known))
@@ -506,13 +508,13 @@ def load(path, model=None):    # -> options of a run, whose weights go into the 
 def save(log, cfg, data, model, result, sweep, **extra):
     """Write the weights and the log of a run (README: The log), print its means."""
     options = {key: vars(cfg)[key] for key in vars(cfg).keys() - {"data", "out", "load", "device"}}
-    again = options | dict(name=f"{cfg.name}_loaded")    # so --load overwrites nothing
+    again = options | dict(name=f"{cfg.name}_loaded")    # so --load spares this run
     torch.save(dict(options=again, state_dict=model.state_dict()), log.with_suffix(".pt"))
     test = b"".join(part.cpu().numpy().tobytes() for part in data["test"])
     meta = options | extra | dict(
         schema=3, script=SCRIPT, test_sha256=hashlib.sha256(test).hexdigest(),
         static_macs=model.net.macs, at_budget=result["means"], full=sweep[-1]["means"],
-        threads=torch.get_num_threads(), torch=torch.__version__,
+        threads=torch.get_num_threads(), torch=torch.__version__, threshold=result["threshold"],
         device=torch.cuda.get_device_name() if cfg.device == "cuda" else "CPU",
         wall_clock=wall_clock(cfg, model, data["test"][0], result["threshold"]))
     kept = ("label", "prediction", "macs", "token_macs" if cfg.text else "difficulty")

@@ -221,7 +221,7 @@ def test_the_threshold_of_training(routing):
     masked, macs, _ = model.masked(x, model.threshold)
     assert torch.equal(before, model.threshold) and torch.equal(logits, masked)
     if routing == "top_p":
-        assert macs.double().mean() / model.net.macs == pytest.approx(0.8, abs=0.005)
+        assert macs.double().mean() / model.net.macs == pytest.approx(0.8, abs=0.02)      # a seventh of 32 examples
     other = build(script, "pydoc", "tiny", "--routing", routing, seed=1)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other.threshold, model.threshold)

@@ -141,6 +141,18 @@ def test_sorting_neurons_changes_nothing_but_their_order():
     use = mlp.up(model.net.blocks[1].mix(state)).relu().mean((0, 1)) * mlp.down.weight.norm(dim=0)
     assert (use.diff() < 1e-6).all() and use[0] > 2 * use[-1]
 
+@torch.no_grad()
+def test_sorting_in_bfloat16_finds_the_same_neurons():
+    """Autocast keeps copies of weights: a layer must not be measured behind one that is half sorted."""
+    orders, x = [], inputs("shapes", count=64)
+    for half in (False, True):
+        model = build(script, "shapes", "tiny", "--depth", "4")
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            model.sort(x)
+        orders.append([{row.sum().item() for row in block.mlp.up.weight[:64]} for block in model.net.blocks])
+    for one, other in zip(*orders):
+        assert len(one & other) >= 60               # of the 64 most useful
+
 def test_sorting_in_the_middle_of_a_step_in_bfloat16():
     """Autocast keeps copies of weights; the gradient must be that of a network sorted before."""
     x, y, gradients = inputs("shapes", count=16), torch.arange(16) % 10, []
