@@ -41,7 +41,7 @@ def options(argv=None):
     """The command line, or a list of strings -> namespace."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--budget", type=float, default=0.5, help="mean MACs, as a share of the static network's")
+    add("--budget", type=float, default=0.5, help="share of static MACs (default: %(default)s)")
     add("--grain", choices=["layer", "token", "group"], default="token",
         help="what a gate switches: an image's block, a token's MLP, a quarter of an image's MLPs")
     add("--estimator", choices=ESTIMATORS, default="gumbel",
@@ -349,7 +349,7 @@ def parse(parser, argv):    # adds what all scripts have -> namespace
     add("--width", type=int, help="channels of a token")
     add("--depth", type=int, help="number of blocks")
     add("--epochs", type=float, help="passes over the training data")
-    add("--lr", type=float, default=0.02, help="peak rate of Muon; AdamW has a fifth")
+    add("--lr", type=float, default=0.02, help="of Muon, at its peak (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights, batches and noise")
     add("--device", choices=devices, default=devices[0], help="default: cuda if there is one")
     add("--data", default="data", help="folder of the data sets")

@@ -41,11 +41,11 @@ def options(argv=None):
     """The command line, or a list of strings -> namespace."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--budget", type=float, default=0.5, help="mean MACs, as a share of the static network's")
+    add("--budget", type=float, default=0.5, help="share of static MACs (default: %(default)s)")
     add("--routing", choices=["top_p", "top_k", "relu"], default="relu", help="which experts run")
-    add("--experts", type=int, default=8, help="that a router chooses from, in each layer")
+    add("--experts", type=int, default=8, help="of a layer (default: %(default)s)")
     add("--hidden", type=int, help="neurons of an expert (default: the width)")
-    add("--balance", type=float, default=0.01, help="weight of the balance loss (relu: on or off)")
+    add("--balance", type=float, default=0.01, help="weight of the balance loss; relu: on or off")
     cfg = parse(parser, argv)
     cfg.hidden = cfg.width if cfg.hidden is None else cfg.hidden
     if not (0 < cfg.budget <= 1 and 0 < cfg.experts and 0 < cfg.hidden and 0 <= cfg.balance < 1e6):
@@ -339,7 +339,7 @@ def parse(parser, argv):    # adds what all scripts have -> namespace
     add("--width", type=int, help="channels of a token")
     add("--depth", type=int, help="number of blocks")
     add("--epochs", type=float, help="passes over the training data")
-    add("--lr", type=float, default=0.02, help="peak rate of Muon; AdamW has a fifth")
+    add("--lr", type=float, default=0.02, help="of Muon, at its peak (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights, batches and noise")
     add("--device", choices=devices, default=devices[0], help="default: cuda if there is one")
     add("--data", default="data", help="folder of the data sets")

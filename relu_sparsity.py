@@ -230,7 +230,7 @@ def parse(parser, argv):    # adds what all scripts have -> namespace
     add("--width", type=int, help="channels of a token")
     add("--depth", type=int, help="number of blocks")
     add("--epochs", type=float, help="passes over the training data")
-    add("--lr", type=float, default=0.02, help="peak rate of Muon; AdamW has a fifth")
+    add("--lr", type=float, default=0.02, help="of Muon, at its peak (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights, batches and noise")
     add("--device", choices=devices, default=devices[0], help="default: cuda if there is one")
     add("--data", default="data", help="folder of the data sets")

@@ -44,8 +44,8 @@ def options(argv=None):
     """The command line, or a list of strings -> namespace."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--budget", type=float, default=0.5, help="mean MACs, as a share of the static network's")
-    add("--learners", type=int, default=4, help="slices of an MLP's neurons, run one by one")
+    add("--budget", type=float, default=0.5, help="share of static MACs (default: %(default)s)")
+    add("--learners", type=int, default=4, help="slices of an MLP (default: %(default)s)")
     cfg = parse(parser, argv)
     if not 0 < cfg.budget <= 1 or cfg.learners < 1 or 4 * cfg.width % cfg.learners:
         parser.error(f"--budget is in (0, 1], and --learners divide {4 * cfg.width} neurons")
@@ -345,7 +345,7 @@ def parse(parser, argv):    # adds what all scripts have -> namespace
     add("--width", type=int, help="channels of a token")
     add("--depth", type=int, help="number of blocks")
     add("--epochs", type=float, help="passes over the training data")
-    add("--lr", type=float, default=0.02, help="peak rate of Muon; AdamW has a fifth")
+    add("--lr", type=float, default=0.02, help="of Muon, at its peak (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights, batches and noise")
     add("--device", choices=devices, default=devices[0], help="default: cuda if there is one")
     add("--data", default="data", help="folder of the data sets")
