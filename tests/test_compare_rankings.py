@@ -104,6 +104,14 @@ def test_overlap_shares_ties():
 def rankings_of(names, seeds):
     return [script.Ranking(name, seed, None) for name, seed in zip(names, seeds)]
 
+def test_ties_limit_rho():
+    """Half of the examples are dear in one ranking, a tenth in the other, elsewhere: were they in one
+    order, rho would be (0.1 - 0.5 * 0.1) / sqrt(0.25 * 0.09) = 1/3."""
+    place = np.arange(1000)
+    rankings = [script.Ranking("a", 0, place >= 500), script.Ranking("b", 1, place < 100)]
+    found = script.study([ranking._replace(costs=ranking.costs.astype(int)) for ranking in rankings], resamples=1)
+    assert found["ceiling"][0, 1] == pytest.approx(1 / 3) and found["raw"][0, 1] < 0
+
 def test_agreement_by_hand():
     """Two methods with two seeds each: the pairs are (A0, B1) and (A1, B0), never (A0, B0)."""
     rho = np.array([[1, .64, .9, .3], [.64, 1, .5, .9], [.9, .5, 1, .35], [.3, .9, .35, 1]])

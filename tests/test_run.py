@@ -102,17 +102,26 @@ def test_a_loaded_run_is_the_run(finished, run, shorten):
         path.unlink()
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
+class Opens:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
 def test_what_cannot_be_loaded_is_one_line(finished, run, tmp_path):
     name, dataset, folder, _ = finished
     weights = folder / f"logs/{dataset}-tiny/{name}-s7.pt"
     (tmp_path / "half.pt").write_bytes(weights.read_bytes()[:1000])
     (tmp_path / "text.pt").write_text("weights")
     torch.save([1, 2], tmp_path / "list.pt")
+    torch.save(Opens(tmp_path / "opened"), tmp_path / "code.pt")            # would run when it is unpickled
     other = "shapes" if dataset == "pydoc" else "pydoc"
     for path, more in ((weights, ("--width", "64")), (weights, ("--dataset", other)), ("half.pt", ()),
-                       ("text.pt", ()), ("list.pt", ()), ("missing.pt", ())):
+                       ("text.pt", ()), ("list.pt", ()), ("code.pt", ()), ("missing.pt", ())):
         status, printed, errors = run(name, "--load", str(path), *more, cwd=tmp_path)
         assert status == 2 and "Traceback" not in errors and str(path) in errors.splitlines()[-1]
+    assert not (tmp_path / "opened").exists()
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_seed_gives_the_same_log(name, run, shorten, tmp_path):
