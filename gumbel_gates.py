@@ -230,7 +230,8 @@ def main(cfg):
     kinds = np.bincount(kind).argsort()[::-1][:16]                  # the most frequent ones
     axis.imshow([gates[kind == k].mean(0) for k in kinds], aspect="auto", vmin=0, vmax=1)
     axis.set_yticks(range(len(kinds)), [repr(chr(k)) if cfg.text else str(k) for k in kinds])
-    axis.set(xlabel="gate: open never (dark) to always, by input", xticks=range(gates.shape[1]))
+    axis.set(title="a gate is open: never (dark) to always", xlabel="gate", ylabel="what is read",
+             xticks=range(gates.shape[1]))
     axis.figure.savefig(picture, dpi=120)
     print(f"bits of the most informative gate: {bits:.3f}; labels shuffled: {chance:.3f}",
           f"noise of the gates' gradient: {noise}", f"wrote {log} and {picture}", sep="\n")
