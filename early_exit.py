@@ -46,7 +46,7 @@ def options(argv=None):
     add("--loss", choices=["sum", "branching"], default="sum", help="how the heads are trained")
     add("--criterion", choices=["confidence", "margin", "entropy", "gain"],
         help="best class, lead over the second, 1 - entropy, a gate (default: margin, or gain)")
-    add("--risk", type=float, default=0.0, help="share of answers that may turn wrong; no budget")
+    add("--risk", type=float, default=0.0, help="in place of a budget: answers that may turn wrong")
     cfg = parse(parser, argv)
     cfg.regime = cfg.regime or ("joint" if cfg.text else "mixed")
     cfg.criterion = cfg.criterion or ("gain" if cfg.text or cfg.loss != "sum" else "margin")
@@ -211,7 +211,7 @@ def certified_threshold(model, split, risk, error=0.05):
         if lost.mean() + slack > risk:
             break
         passed = float(threshold)
-    print(f"certified threshold: {passed:.3f} ({model.full}: too few examples for any other)")
+    print(f"certified threshold: {passed:.3f} (at {model.full} nothing could be certified)")
     return passed
 
 def main(cfg):
@@ -514,7 +514,7 @@ def load(path, model=None):    # -> options of a run, whose weights go into the 
 def save(log, cfg, data, model, result, sweep, **extra):
     """Write the weights and the log of a run (README: The log), print its means."""
     options = {key: vars(cfg)[key] for key in vars(cfg).keys() - {"data", "out", "load", "device"}}
-    again = options | dict(name=f"{cfg.name}_loaded")    # so --load spares this run
+    again = options | dict(name=f"{cfg.name}_loaded")    # so --load keeps this run's log
     torch.save(dict(options=again, state_dict=model.state_dict()), log.with_suffix(".pt"))
     test = b"".join(part.cpu().numpy().tobytes() for part in data["test"])
     meta = options | extra | dict(

@@ -69,7 +69,7 @@ def weigh(scores, routing):
 
 def balance_loss(p, chosen):
     """E * sum_e f_e P_e of Switch: p, chosen (..., N, E) -> (...), over the N tokens. f, the share
-    of e in all that was chosen, has no gradient; P is the mean of p. With f even: mean sum of p."""
+    of e in all that was chosen, has no gradient; P the mean of p: 1 for a softmax and even f."""
     f = chosen.detach().float().mean(-2)
     return p.shape[-1] * (f / f.sum(-1, keepdim=True).clamp_min(1e-9) * p.mean(-2)).sum(-1)
 
@@ -129,7 +129,7 @@ class Model(nn.Module):
         relu = cfg.routing == "relu"
         k = round(k) if cfg.routing == "top_k" else float(k)
         self.k = k if relu else max(1, k)       # a softmax needs an expert to learn from
-        self.cheapest, self.full = (-1e6, 0.0) if relu else (0.0, 1.001)    # shared alone; all
+        self.cheapest, self.full = (-1e6, 0.0) if relu else (0.0, 1.001)    # the shared one; all
         self.register_buffer("threshold", torch.tensor(0.0 if relu else (self.k - 0.5) / E))
         self.register_buffer("penalty", torch.tensor(1e-3))             # on weights, for relu
 
@@ -143,7 +143,7 @@ class Model(nn.Module):
             scores = router(h)
             weight, needed = weigh(scores, self.routing)
             chosen = (needed < threshold) & (weight > 0)
-            if decisions is not None:           # as many experts, of least need (if w = 0, in vain)
+            if decisions is not None:           # as many experts, of least need, even if w = 0
                 count = decisions[layer].sum(-1, keepdim=True)
                 chosen = needed.argsort(dim=-1, stable=True).argsort(-1) < count
             chosen = chosen.to(weight.dtype)
@@ -164,7 +164,7 @@ class Model(nn.Module):
             used = balance_loss(scores.relu().flatten(1, 2), counted.flatten(1, 2)).mean()
             return loss + self.penalty * used, shown
         if self.training and self.routing == "top_p":
-            some = needed[:, ::7]                                   # enough, and fast
+            some = needed[:, ::7]                                   # enough examples, and fast
             self.threshold.lerp_(some.quantile(self.k / some.shape[-1]), 0.1)
         p, log_p = scores.softmax(-1), scores.log_softmax(-1)
         balance = balance_loss(p.flatten(1, 2), chosen.flatten(1, 2)).mean()
@@ -502,7 +502,7 @@ def load(path, model=None):    # -> options of a run, whose weights go into the 
 def save(log, cfg, data, model, result, sweep, **extra):
     """Write the weights and the log of a run (README: The log), print its means."""
     options = {key: vars(cfg)[key] for key in vars(cfg).keys() - {"data", "out", "load", "device"}}
-    again = options | dict(name=f"{cfg.name}_loaded")    # so --load spares this run
+    again = options | dict(name=f"{cfg.name}_loaded")    # so --load keeps this run's log
     torch.save(dict(options=again, state_dict=model.state_dict()), log.with_suffix(".pt"))
     test = b"".join(part.cpu().numpy().tobytes() for part in data["test"])
     meta = options | extra | dict(

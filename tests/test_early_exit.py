@@ -8,6 +8,7 @@ import torch
 
 import early_exit as script
 from conftest import build, configure, inputs
+from results import bound
 from test_contract import executed_macs
 
 KINDS = (("--criterion", "margin"), ("--criterion", "gain"), ("--loss", "branching"))
@@ -198,6 +199,25 @@ def test_the_guarantee_holds_in_simulation(monkeypatch):
     naive = np.mean([true[max(i for i, r in enumerate(true) if (rng.random(500) < r).mean() <= 0.1)]
                      > 0.1 for _ in range(200)])
     assert naive > 0.2                                        # a rule without slack would be seen
+
+def test_branching_takes_no_criterion(capsys):
+    assert configure(script, "shapes", "tiny", "--loss", "branching").criterion == "gain"
+    with pytest.raises(SystemExit):
+        configure(script, "shapes", "tiny", "--loss", "branching", "--criterion", "entropy")
+    assert "leave --criterion out" in capsys.readouterr().err
+
+def test_the_bound_by_hand(tmp_path):
+    """By its own exits a network is right where any head is; MACs are those of the first that is."""
+    model, cfg = build(script, "shapes", "tiny", "--depth", "3"), configure(script, "shapes", "tiny", "--depth", "3")
+    options = {key: value for key, value in vars(cfg).items() if key not in ("data", "out", "load", "device")}
+    torch.save(dict(options=options, state_dict=model.state_dict()), tmp_path / "a.pt")
+    x, y = script.load_data(cfg)["test"]
+    with torch.no_grad():
+        right = torch.cat([model.all_exits(some)[0].argmax(-1) for some in x.split(500)], 1) == y
+    spent = torch.where(right[0], model.exit_macs[0], torch.where(right[1], model.exit_macs[1], model.exit_macs[2]))
+    said = bound(str(tmp_path / "a.pt"), str(tmp_path / "a.pt"))
+    assert said == (f"accuracy {right.any(0).float().mean():.4f} at {spent.double().mean() / model.net.macs:.3f} "
+                    f"of the MACs; of the last exit {right[2].float().mean():.4f}")
 
 def test_certified_threshold_on_a_model():
     model = build(script)
