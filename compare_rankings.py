@@ -13,7 +13,8 @@ one ranking per network, and asks two things:
 
 Out come `figures/<dataset>-<size>/report.md`, answer first, and pictures. Equal MACs share a rank,
 which limits rho: two networks that order examples alike, of which one lets half leave early and one
-90 %, cannot exceed 0.33. Runs of one seed see the same batches: other seeds are compared, if any.
+90 %, cannot exceed 0.33. Runs of one seed see the same batches: different seeds are compared, where
+two methods have any.
 """
 import argparse
 import importlib
@@ -37,7 +38,7 @@ BUDGETS = (0.35, 0.5, 0.6, 0.7, 0.85)       # of the sweeps, shares of the stati
 WORDS = {0.7: ("strong", "agree strongly"), 0.4: ("moderate", "agree moderately"),
          0.2: ("weak", "agree weakly"), -0.2: ("none", "do not agree"),
          -np.inf: ("opposite", "tend to opposite orders")}      # of a rho of at least so much
-FLOOR = 0.3         # dividing by a lower reliability would more than triple rho, and its error
+FLOOR = 0.3         # two lower reliabilities would more than triple rho, and its error
 NEIGHBOURS = 16     # windows of a text that the bootstrap keeps together, as neighbours are alike
 Ranking = namedtuple("Ranking", "name seed costs")      # costs (N,); seed None: there are no seeds
 
@@ -58,7 +59,7 @@ class Log:
             self.check()
             self.derive()
         except Exception as error:      # a file that is something else can fail in a dozen ways
-            fail(f"{path}: is no log ({type(error).__name__}: {error})")
+            fail(f"{path}: is not a log ({type(error).__name__}: {error})")
 
     def read(self):
         with np.load(self.path, allow_pickle=False) as file:
@@ -67,11 +68,11 @@ class Log:
         self.name = self.meta["name"]
         self.seed = self.meta["seed"]
         self.text = self.meta["dataset"] in TEXTS
-        self.same = [self.meta[key] for key in ("dataset", "size", "test_sha256")]  # in a report
+        self.same = [self.meta[key] for key in ("dataset", "size", "test_sha256")]
         self.static_macs = self.meta["static_macs"]
 
     def check(self):
-        """Raise an error if something is missing or of the wrong kind."""
+        """Raise an error if something is of the wrong kind."""
         numbers = type(self.seed) is int and 0 < self.static_macs < 1e30
         if self.meta["schema"] != 3 or not numbers:
             raise ValueError("unknown schema, or seed or static_macs of the wrong kind")
@@ -109,7 +110,7 @@ class Log:
         self.time = [clock.get(f"skipping_ms_batch_{batch}", np.nan)
                      / clock.get(f"static_ms_batch_{batch}", np.nan) for batch in (1, 256)]
         self.kind = "full" if self.name == STATIC else "method"
-        if self.meta.get("script") == STATIC != self.name:      # another size, which ranks nothing
+        if self.meta.get("script") == STATIC != self.name:      # smaller, or penalised
             self.kind = "method" if self.meta.get("sparsity_weight") else "smaller"
 
     def point(self, budget):
@@ -124,7 +125,7 @@ def gather(paths):
         files += sorted(path.glob("*.npz")) if path.is_dir() else [path]
     if not files:
         fail(f"{', '.join(map(str, paths))}: no logs (.npz)")
-    logs = [Log(path) for path in dict.fromkeys(files)]
+    logs = [Log(path) for path in {path.resolve(): path for path in files}.values()]
     seen = {}
     for log in logs:
         if log.same != logs[0].same or not np.array_equal(log.label, logs[0].label):
@@ -180,19 +181,18 @@ def bootstrap(columns, resamples=300, block=1):
 
 def agreement(rho, rankings, floor=FLOOR):
     """rho (..., L, L) of runs -> raw and disattenuated rho (..., A, A) of methods. Raw: the mean
-    over pairs of different seeds, the diagonal being reliabilities. Disattenuated: over the root of
-    the product of two reliabilities, and at most 1. NaN: no two seeds, or at the floor or below."""
+    over pairs of runs, of different seeds if there are any; the diagonal: reliabilities, between
+    the seeds of a method, NaN with only one. Disattenuated: over the root of
+    the product of two reliabilities, and at most 1; NaN where one is unknown or not above floor."""
     names = np.array([ranking.name for ranking in rankings])
     seeds = np.array([ranking.seed for ranking in rankings])
-    if len(set(seeds) - {None}) == 1:
-        seeds = np.arange(len(seeds))   # nothing but one seed: compared all the same
     methods = list(by_method(rankings))
     raw = np.full((*rho.shape[:-2], len(methods), len(methods)), np.nan)
     for a, b in np.ndindex(raw.shape[-2:]):
-        apart = (names == methods[a])[:, None] & (names == methods[b])
-        apart &= seeds[:, None] != seeds
-        if apart.any():
-            raw[..., a, b] = rho[..., apart].mean(-1)
+        both = (names == methods[a])[:, None] & (names == methods[b])
+        apart = both & (seeds[:, None] != seeds)
+        if a != b or apart.any():
+            raw[..., a, b] = rho[..., apart if apart.any() else both].mean(-1)
     exact = np.array(methods) == "known difficulty"
     raw[..., exact, exact] = 1.0       # without error
     reliability = np.diagonal(raw, axis1=-2, axis2=-1)
@@ -311,8 +311,8 @@ HOW_TO_READ = f"""
 Agreement: {', '.join(f'{said[0]} from {least}' for least, said in WORDS.items())}.
 
 * *Disattenuated*: raw rho over the root of the product of both reliabilities, the rho between seeds
-  of one method. Unknown if one is {FLOOR} or less, which would more than triple rho and its error.
-  Estimates above 1 are noise, and shown as 1. The interval is over examples, not over seeds.
+  of one method. Unknown if one is {FLOOR} or less: two such would more than triple rho and its
+  error. Estimates above 1 are noise, and shown as 1. The interval is over examples, not over seeds.
 * *Ceiling by ties*: the highest raw rho possible. *Costliest 10 % shared*: by chance 0.10.
 * *It pays*, in MACs, if each seed is better than static networks of as many MACs (narrower and
   shallower ones, interpolated) and than its own decisions dealt out at random, and the mean is
@@ -368,10 +368,10 @@ def draw_deciles(rankings, measures):
     return figure
 
 def draw_images(logs, images, count=6):
-    """Of one class: a row for each method, the cheapest on the left, the dearest on the right."""
+    """Of one class: a row for each method, the cheapest on the left, the costliest on the right."""
     methods = by_method(logs)
     members = np.flatnonzero(logs[0].label == 4)        # deer, or flowers with five lobes
-    figure, axes = canvas("images of one class, from cheap to dear, with their share of the MACs",
+    figure, axes = canvas("images of one class, from cheap to costly, with their share of the MACs",
                           2.6 * count, 1.5 * len(methods), len(methods), 2 * count)
     for row, (name, runs) in zip(axes, methods.items()):
         macs = np.mean([log.macs for log in runs], 0)[members]
@@ -418,7 +418,8 @@ def draw_time(logs):
 def test_images(log, folder):
     """The test images of a log, uint8 (N, 3, 32, 32); None where a download would be needed."""
     dataset = log.same[0]
-    if log.text or dataset == "cifar10" and not Path(folder, "cifar-10-batches-bin").exists():
+    here = dataset == "cifar10" and Path(folder, "cifar-10-batches-bin").exists()
+    if dataset != "shapes" and not here:
         return None
     script = importlib.import_module(STATIC)
     flags = [f"--dataset={dataset}", f"--data={folder}", "--size=tiny", "--device=cpu"]
@@ -449,22 +450,21 @@ def rank(logs, examples=slice(None), budget=None):
     return [each for each in rankings if np.ptp(each.costs) > 0], lines
 
 def telling_tables(logs):
-    """The pairs at 0.35 or the lowest budget that all reach, 0.5 and 0.7, on examples neither
-    trivial nor impossible; only there can networks differ (Meding et al. 2022)."""
+    """The pairs at three budgets, of runs that reach them, on examples neither trivial nor
+    impossible: on others networks cannot differ in being right (Meding et al. 2022)."""
     right = np.array([log.right for log in logs if log.kind == "full"])
     telling = np.ones(len(logs[0].macs), bool)
     if len(right) > 1:                          # one network alone is right or wrong everywhere
         telling = (right.min(0) < 1) & (right.max(0) > 0)
     lines = [f"{telling.sum():,} of {len(telling):,} examples are neither trivial nor impossible "
              f"(right in all {len(right)} full static networks, or in none; it takes two).", ""]
-    reached = [budget for budget in BUDGETS
-               if all(log.point(budget) is not None for log in logs if log.kind == "method")]
-    for budget in [each for each in reached if each in (reached[0], 0.5, 0.7)]:
-        rankings, constant = rank(logs, telling, budget)
-        lines += [f"These, at {budget} of the MACs:", "", *constant]
-        if len(by_method(rankings)) > 1 and telling.sum() >= 30:
+    for budget in (0.35, 0.5, 0.7) if telling.sum() >= 30 else ():
+        reach = [log for log in logs if log.kind == "full" or log.point(budget) is not None]
+        rankings, constant = rank(reach, telling, budget)
+        if len(by_method(rankings)) > 1:
             found = study(rankings, None if logs[0].text else logs[0].label[telling])
-            lines += pair_table(rankings, found)
+            lines += [f"These, at {budget} of the MACs ({STATIC}: at its own):", "", *constant,
+                      *pair_table(rankings, found)]
     return lines
 
 def compare(logs, args):
@@ -472,11 +472,13 @@ def compare(logs, args):
     dataset, size, _ = logs[0].same
     label = None if logs[0].text else logs[0].label
     choosing = [log for log in logs if log.kind != "smaller"]
+    if not choosing:
+        fail("these are static networks of other sizes only, which rank nothing")
     measures = [Ranking("static loss", log.seed, log.loss) for log in logs if log.kind == "full"]
     if args.human:
         measures.insert(0, Ranking("people", None, doubt_of_people(args.human, logs[0])))
-    if "difficulty" in logs[0].arrays:
-        measures.insert(0, Ranking("known difficulty", None, logs[0].arrays["difficulty"]))
+    known = [log.arrays["difficulty"] for log in logs if "difficulty" in log.arrays]
+    measures[:0] = [Ranking("known difficulty", None, each) for each in known[:1]]
     rankings, tables = rank(choosing)
     methods = list(by_method(rankings))
     answer = "fewer than two methods rank the examples"
@@ -493,8 +495,8 @@ def compare(logs, args):
     images = test_images(logs[0], args.data)
     if ranked and images is not None:
         pictures["examples"] = draw_images(ranked, images)
-    elif ranked and all("token_macs" in log.arrays for log in ranked):
-        pictures["examples"] = draw_passage(ranked)
+    elif by_token := [log for log in ranked if "token_macs" in log.arrays]:
+        pictures["examples"] = draw_passage(by_token)
     said = [f"**On {len(logs[0].macs):,} test examples of {dataset}, {answer}.**", "",
             "## Does it pay?", "", *paying_table(logs)]
     return [*said, write(Path(args.out, "figures", f"{dataset}-{size}"), said + tables, pictures)]

@@ -122,6 +122,8 @@ def test_agreement_by_hand():
     assert raw[0, 1] == .5 and np.isnan(full[0, 1]) and np.isnan(raw[0, 0])
     raw, full = script.agreement(rho[:3:2, :3:2], rankings_of("AB", [5, 5]))   # nothing but one seed
     assert raw[0, 1] == .9 and np.isnan(full).all()
+    raw, _ = script.agreement(rho, rankings_of("AABC", [0, 1, 0, 0]))           # B and C have nothing else
+    assert np.allclose(raw[:, 1:], [[.5, .9], [np.nan, .35], [.35, np.nan]], equal_nan=True)
     raw, full = script.agreement(rho * 0.85, both)              # B is now reliable to 0.2975: below the floor
     assert np.isnan(full[0, 1]) and np.isfinite(full[0, 0]) and raw[0, 1] > 0
     assert script.agreement(np.where(rho == .5, 1, rho) * 0.9, both)[1].max() <= 1       # noise cannot exceed 1
@@ -173,7 +175,7 @@ def test_verdicts():
     assert script.verdict(q, q + 0.01, q + 0.02, 0.8001, True) == "yes"     # of a loss less is better
     assert script.verdict(q, q + 0.01, q + 0.02, 0.7999, True) == "no: worse than the full network"
 
-def test_the_report_says_what_pays(report, tmp_path, few_samples):
+def test_the_report_says_what_pays(run, report, tmp_path, few_samples):
     """Two static networks of other sizes; accuracies that decide each way. They are no rankings."""
     def change(arrays, meta, count):
         quality = {FIVE[0]: 0.8, "depth_1": 0.6, "early_exit": 0.79, "moe": 0.9}[meta["name"]]
@@ -190,6 +192,9 @@ def test_the_report_says_what_pays(report, tmp_path, few_samples):
         path.unlink()
     printed = report(tmp_path)
     assert "fewer than two methods rank" in printed and "agree" not in printed
+    for path in tmp_path.glob("relu*.npz"):                 # and without the full one
+        path.unlink()
+    assert run(tmp_path)[2].count("rank nothing") == 1
 
 @pytest.mark.parametrize("shared, own, same_seed", ((0.5, 0.3, 0.0), (0.0, 0.6, 0.3), (0.4, 0.2, 0.3)))
 def test_the_true_agreement_is_recovered(shared, own, same_seed, tmp_path):
@@ -239,6 +244,10 @@ def test_trivial_and_impossible_images_are_left_out(tmp_path):
     assert len(rows) == 2 and all(abs(float(row.split("|")[4])) < 0.1 for row in rows)
     assert f"{(~easy).sum():,} of 3,000 examples" in script.telling_tables(logs)[0]
     assert script.study(script.rank(logs[2:], budget=0.5)[0], resamples=2)["raw"][0, 1] > 0.7
+    logs[2].spent = logs[2].spent + 0.1                     # a run that reaches 0.7, no longer 0.5
+    assert len([line for line in script.telling_tables(logs) if "early_exit and gumbel" in line]) == 2
+    logs[1].right = logs[0].right                           # then no example tells
+    assert len(script.telling_tables(logs)) == 2
 
 def test_constant_macs_rank_nothing(report, tmp_path, few_samples):
     """Said, and nowhere else than where MACs are the matter."""
@@ -249,18 +258,22 @@ def test_constant_macs_rank_nothing(report, tmp_path, few_samples):
     assert "moe" not in printed.splitlines()[0] and "and moe" not in printed
 
 def test_what_cannot_be_told_is_unknown(report, tmp_path, few_samples):
-    """One seed; a log with nothing but what the README asks for; a random control at other MACs."""
+    """One seed; a log with nothing but what the README asks for; a random control at other MACs; data of
+    one's own, whose difficulty one log knows. A log that is named twice counts once."""
     def bare(arrays, meta, count):
+        meta["dataset"] = "mine"
         meta["random"] = [dict(accuracy=0.6, budget=0.01)] * 4
         if meta["name"] == "my_method":
             for key in ("wall_clock", "epochs", "script", "random"):
                 del meta[key]
+            arrays["difficulty"] = arrays["macs"]
 
     simulate(tmp_path, ["early_exit", "my_method"], [0], change=bare)
-    printed = report(tmp_path)
+    printed = report(tmp_path, "early_exit-s0.npz")
     assert "of early_exit and my_method" in printed and "mean raw rho" in printed
     assert "| early_exit and my_method | unknown | unknown | " in printed
     assert "0.6000" not in printed and "unknown: something to compare with" in printed
+    assert "| my_method and known difficulty |" in printed
 
 def test_people_and_known_difficulty_are_columns(report, tmp_path, few_samples):
     known = []
@@ -299,8 +312,8 @@ def test_people_and_known_difficulty_are_columns(report, tmp_path, few_samples):
     ("size", "../../elsewhere", "contains a folder"), ("sweep_macs", None, "KeyError: 'sweep_macs'"),
     ("macs", -np.ones(1500), "macs holds"), ("loss", np.ones(1499), "loss has shape"),
     ("sweep_macs", np.zeros((0, 1500)), "no sweep"), ("loss", np.full(1500, np.nan), "loss holds NaN"),
-    ("loss", np.full(1500, "1.0"), "loss holds NaN"), ("wall_clock", "fast", "is no log"),
-    ("random", [0.5] * 4, "is no log"), ("random", [], "is no log")), ids=str)
+    ("loss", np.full(1500, "1.0"), "loss holds NaN"), ("wall_clock", "fast", "is not a log"),
+    ("random", [0.5] * 4, "is not a log"), ("random", [], "is not a log")), ids=str)
 def test_refusals(key, value, message, run, tmp_path):
     """One line about the second of two logs."""
     def change(arrays, meta, count):
@@ -315,8 +328,8 @@ def test_refusals(key, value, message, run, tmp_path):
     assert errors.startswith("compare_rankings.py: ") and message in errors and "-s0.npz" in errors
 
 @pytest.mark.parametrize("name, message", (
-    ("text.npz", "is no log"), ("empty.npz", "is no log"), ("short.npz", "is no log"),
-    ("altered.npz", "is no log"), ("array.npy", "is no log"), ("objects.npz", "is no log"),
+    ("text.npz", "is not a log"), ("empty.npz", "is not a log"), ("short.npz", "is not a log"),
+    ("altered.npz", "is not a log"), ("array.npy", "is not a log"), ("objects.npz", "is not a log"),
     ("other.npz", "KeyError: 'meta'"), ("copy.npz", "the same method and seed"), ("nowhere.npz", "No such file")))
 def test_files_that_are_no_logs(name, message, run, tmp_path):
     simulate(tmp_path, FIVE[:1], [0])
@@ -357,7 +370,7 @@ def test_train_from_nothing_and_resume(run, report, tmp_path, monkeypatch):
     report(*options)
     logs = tmp_path / "logs/pydoc-tiny"
     names = {path.name for path in logs.glob("*.npz")}
-    assert names == {f"{name}-s0.npz" for name in ("relu_sparsity", "moe", "depth_1", "width_21")}
+    assert names == {f"{name}-s0.npz" for name in ("relu_sparsity", "moe", "depth_2", "width_21")}
     written = (tmp_path / "figures/pydoc-tiny/report.md").read_text(encoding="utf-8")
     assert "| moe | 1 |" in written and written.startswith("# pydoc-tiny\n\n**On ")
     assert (tmp_path / "figures/pydoc-tiny/examples.png").stat().st_size > 30000
@@ -365,8 +378,8 @@ def test_train_from_nothing_and_resume(run, report, tmp_path, monkeypatch):
     kept = (logs / "relu_sparsity-s0.npz").stat().st_mtime_ns
     assert report(*options) and (logs / "moe-s0.npz").exists()
     assert (logs / "relu_sparsity-s0.npz").stat().st_mtime_ns == kept                # and not again
-    (logs / "depth_1-s0.npz").unlink()
-    (logs / "depth_1-s0.part").mkdir()
+    (logs / "depth_2-s0.npz").unlink()
+    (logs / "depth_2-s0.part").mkdir()
     status, printed, errors = run(*options)
     assert status == 1 and "failed with status 2" in errors and "Does it pay?" in printed
 
