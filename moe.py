@@ -1,6 +1,7 @@
 """Send each token to the experts it needs: a mixture of experts that spends unevenly.
 
-The MLP of a block becomes a small shared expert, which always runs, E larger ones, and a router:
+From the second block on the MLP becomes a small shared expert, which always runs, E larger ones,
+and a router (tokens of the first, when it had experts, chose half of them: it stays dense):
 
     y = shared(x) + sum over the chosen e of w_e * expert_e(x)
 
@@ -43,18 +44,20 @@ def options(argv=None):
     add = parser.add_argument
     add("--budget", type=float, default=0.5, help="share of static MACs (default: %(default)s)")
     add("--routing", choices=["top_p", "top_k", "relu"], default="relu", help="which experts run")
-    add("--experts", type=int, default=8, help="of a layer (default: %(default)s)")
+    add("--experts", type=int, default=4, help="of a layer (default: %(default)s)")
     add("--hidden", type=int, help="neurons of an expert (default: the width)")
     add("--balance", type=float, default=0.01, help="weight of the balance loss; relu: on or off")
     cfg = parse(parser, argv)
     cfg.hidden = cfg.width if cfg.hidden is None else cfg.hidden
     if not (0 < cfg.budget <= 1 and 0 < cfg.experts and 0 < cfg.hidden and 0 <= cfg.balance < 1e6):
         parser.error("--budget is in (0, 1], --experts, --hidden above 0, --balance not below 0")
+    if cfg.depth < 2:
+        parser.error("--depth must be at least 2, as the first block has no experts")
     return cfg
 
 
 # === the mechanism ===
-# Shapes: B batch, T tokens, C width, L blocks, E experts, h neurons of each.
+# Shapes: B batch, T tokens, C width, L layers of experts, E experts of each, h neurons of each.
 
 def weigh(scores, routing):
     """Router scores (..., E) -> weights, and need: an expert runs at thresholds above it."""
@@ -103,25 +106,27 @@ class Experts(nn.Module):
     def dispatch(self, x, weight):
         """The same, but each expert sees only the tokens whose weight for it is not 0."""
         tokens, weight = x.flatten(0, -2), weight.flatten(0, -2)
-        expert, token = weight.t().nonzero(as_tuple=True)                       # sorted by expert
+        expert, token = weight.t().nonzero(as_tuple=True)       # sorted by expert
         counts = expert.bincount(minlength=len(self.experts)).tolist()
-        given = tokens.index_select(0, token).split(counts)
-        y = torch.cat([run(own) for run, own in zip(self.experts, given)])
-        y = y * weight[token, expert, None].to(y.dtype)
-        return self.shared(tokens).index_add(0, token, y).view_as(x)
+        y, given = self.shared(tokens), tokens.index_select(0, token)
+        weight = weight[token, expert, None].to(y.dtype)
+        parts = (each.split(counts) for each in (given, token, weight))
+        for run, own, place, w in zip(self.experts, *parts):
+            y.index_add_(0, place, w * run(own))
+        return y.view_as(x)
 
 class Model(nn.Module):
-    """The static network with experts in place of every MLP."""
+    """The static network with experts in place of every MLP but the first."""
 
     def __init__(self, cfg):
         super().__init__()
         self.net, self.routing, self.balance = StaticNet(cfg), cfg.routing, cfg.balance
-        C, E, L = cfg.width, cfg.experts, cfg.depth
-        for block in self.net.blocks:
+        C, E, L = cfg.width, cfg.experts, cfg.depth - 1
+        for block in self.net.blocks[1:]:
             block.mlp = Experts(C, E, cfg.hidden)
         self.routers = nn.ModuleList(Router(C, E) for _ in range(L))
         self.expert_macs = 2 * C * cfg.hidden
-        fixed = C * E + 2 * C * self.net.blocks[0].mlp.shared[0].out_features - 8 * C * C
+        fixed = C * E + 2 * C * self.net.blocks[1].mlp.shared[0].out_features - 8 * C * C
         self.fixed_macs = self.net.token_macs + L * fixed               # of a token
         ends = [self.net.example_macs + cfg.tokens * (self.fixed_macs + L * k * self.expert_macs)
                 for k in (0, E)]
@@ -129,16 +134,16 @@ class Model(nn.Module):
         relu = cfg.routing == "relu"
         k = round(k) if cfg.routing == "top_k" else float(k)
         self.k = k if relu else max(1, k)       # a softmax needs an expert to learn from
-        self.cheapest, self.full = (-1e6, 0.0) if relu else (0.0, 1.001)    # the shared one; all
+        self.cheapest, self.full = (-1e6, 0.0) if relu else (0.0, 1.001)    # shared alone; w > 0
         self.register_buffer("threshold", torch.tensor(0.0 if relu else (self.k - 0.5) / E))
         self.register_buffer("penalty", torch.tensor(1e-3))             # on weights, for relu
 
     def dense(self, x, threshold=None, decisions=None, dispatch=False):
         """Runs all experts, or with dispatch only the chosen -> logits, and for all layers chosen,
         scores and need (L, B, T, E). threshold None: that of training."""
-        x, layers = self.net.embed(x), []
+        x, layers = self.net.blocks[0](self.net.embed(x)), []
         threshold = self.threshold if threshold is None else threshold
-        for layer, (block, router) in enumerate(zip(self.net.blocks, self.routers)):
+        for layer, (block, router) in enumerate(zip(self.net.blocks[1:], self.routers)):
             h = block.mix(x)
             scores = router(h)
             weight, needed = weigh(scores, self.routing)
@@ -175,16 +180,16 @@ class Model(nn.Module):
     def masked(self, x, threshold=None, decisions=None):
         """Computes everything, counts what was chosen -> logits, macs (B,), token_macs (B, T)."""
         logits, chosen, _, _ = self.dense(x, threshold, decisions)
-        return logits, *self.count_macs(chosen.long())
+        return logits, *self.count_macs(chosen)
 
     def skipping(self, x, threshold):
         """Every expert is given its own tokens and no others -> logits, macs, token_macs."""
         logits, chosen, _, _ = self.dense(x, threshold, dispatch=True)
-        return logits, *self.count_macs(chosen.long())
+        return logits, *self.count_macs(chosen)
 
     def count_macs(self, decisions):
         """Chosen experts, L times (B, T, E) of 0 and 1 -> macs (B,), token_macs (B, T)."""
-        count = sum(chosen.sum(-1) for chosen in decisions)
+        count = sum(chosen.sum(-1) for chosen in decisions).long()
         token_macs = self.fixed_macs + count * self.expert_macs
         return self.net.example_macs + token_macs.sum(1), token_macs
 
@@ -220,7 +225,8 @@ def main(cfg):
     work = chosen.mean(1)
     axis = Figure(figsize=(8, 5), layout="constrained").subplots()
     axis.figure.colorbar(axis.imshow(work, aspect="auto", vmin=0))
-    axis.set(title="share of tokens", xlabel="expert", ylabel="layer", yticks=range(cfg.depth))
+    axis.set(title="share of tokens", xlabel="expert", ylabel="layer with experts",
+             yticks=range(len(work)))
     axis.figure.savefig(picture, dpi=120)
     print(f"bits that an expert tells about the class or character: {bits}; shuffled: {by_chance}")
     print(f"dead experts: {(work == 0).sum()} of {work.size}; wrote {log} and {picture}")
@@ -316,7 +322,7 @@ class StaticNet(nn.Module):
 # === shared: options and data ===
 SIZES = {   # of images, and of text
     "tiny": (dict(width=32, depth=4, batch=64, epochs=1.75, dropout=0.0, tokens=64, classes=10),
-             dict(width=32, depth=2, batch=64, epochs=1, dropout=0.0, tokens=64, classes=128)),
+             dict(width=32, depth=4, batch=64, epochs=1, dropout=0.0, tokens=64, classes=128)),
     "small": (dict(width=48, depth=8, batch=128, epochs=16, dropout=0.0, tokens=64, classes=10),
               dict(width=72, depth=6, batch=32, epochs=10, dropout=0.1, tokens=128, classes=128)),
     "base": (dict(width=128, depth=10, batch=256, epochs=60, dropout=0.1, tokens=64, classes=10),

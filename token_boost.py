@@ -322,7 +322,7 @@ class StaticNet(nn.Module):
 # === shared: options and data ===
 SIZES = {   # of images, and of text
     "tiny": (dict(width=32, depth=4, batch=64, epochs=1.75, dropout=0.0, tokens=64, classes=10),
-             dict(width=32, depth=2, batch=64, epochs=1, dropout=0.0, tokens=64, classes=128)),
+             dict(width=32, depth=4, batch=64, epochs=1, dropout=0.0, tokens=64, classes=128)),
     "small": (dict(width=48, depth=8, batch=128, epochs=16, dropout=0.0, tokens=64, classes=10),
               dict(width=72, depth=6, batch=32, epochs=10, dropout=0.1, tokens=128, classes=128)),
     "base": (dict(width=128, depth=10, batch=256, epochs=60, dropout=0.1, tokens=64, classes=10),

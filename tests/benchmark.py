@@ -74,9 +74,9 @@ def token(density=0.27):
               f"{seconds['selected'] / seconds['dense']:.2f} | sparse_product {seconds['bag'] / seconds['dense']:.2f} |")
 
 def experts(tokens=16384, width=48):
-    """A layer of eight experts of the width, of which a token runs 1.25, and half a shared one."""
-    layer = scripts["moe"].Experts(width, 8, width)
-    x, weight = torch.randn(tokens, width), torch.rand(tokens, 8) * (torch.rand(tokens, 8) < 1.25 / 8)
+    """A layer of four experts of the width, of which a token runs 1.25, and half a shared one."""
+    layer = scripts["moe"].Experts(width, 4, width)
+    x, weight = torch.randn(tokens, width), torch.rand(tokens, 4) * (torch.rand(tokens, 4) < 1.25 / 4)
     modules = {"dispatch": lambda x: layer.dispatch(x, weight), "all experts": lambda x: layer(x, weight)}
     for name, hidden in (("dense, equal MACs", round(1.75 * width)), ("dense, hidden 4 x width", 4 * width)):
         modules[name] = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))

@@ -58,7 +58,7 @@ def shorten(monkeypatch):
 
 def configure(script, dataset="shapes", size="tiny", *options):
     """Options, as from a command line; tiny networks of two blocks are enough to count by hand."""
-    depth = ["--depth", "2"] if size == "tiny" else []
+    depth = ["--depth", "3" if script.SCRIPT == "moe" else "2"] if size == "tiny" else []
     return script.options(["--dataset", dataset, "--size", size, "--device", "cpu", *depth, *options])
 
 def steps(count, dataset="pydoc"):

@@ -120,11 +120,11 @@ def tables():
     """The whole of RESULTS.md."""
     lines = ["# Results", "", "Made by `python3 tests/results.py --write` from the logs in this folder. "
              "Mean (lowest to highest seed). Quality is the test split's; MACs, bound and time are shares "
-             "of those of the same network, run in full. The static networks and `moe_experts_4` of `small` and exits "
-             "on TinyShakespeare were trained on a CPU; their minutes are those of one thread, beside another run. All others were "
-             "trained on one NVIDIA H200, up to twenty at once: `small` in float32, `base` in bfloat16, with the same "
-             "steps in fewer launches (Muon's matrices of one shape in one batch, experts side by side); "
-             "learners of `base` before their neurons were sorted rightly in bfloat16.", ""]
+             "of those of the same network, run in full. Of `small`, the static networks, experts, and exits on "
+             "TinyShakespeare were trained on a CPU; their minutes are those of one thread, beside another run. All others "
+             "were trained on one NVIDIA H200, up to twenty at once: `small` in float32, `base` in bfloat16, with the same "
+             "steps in fewer launches (Muon's matrices of one shape in one batch, experts side by side); `base` before two "
+             "changes: its learners' neurons were sorted wrongly in bfloat16, and it had eight experts, in every block.", ""]
     for folder in sorted({path.parent for path in KEPT.glob("*/*.npz")}):
         logs = gather([folder])
         metas = [log.meta for log in logs]
