@@ -281,9 +281,11 @@ def word(rho, form=0):
     said = [said[form] for least, said in WORDS.items() if round(float(rho), 2) >= least]
     return said[0] if said else "unknown"
 
-def headline(methods, found):
-    """What rankings do, in words: by disattenuated rho, or by raw rho where no other is known."""
+def headline(methods, found, scripts):
+    """What rankings do, in words: by disattenuated rho, or by raw rho where no other is known. Two
+    variants of one script {method: script} are not two types of network."""
     pairs = list(itertools.combinations(range(len(methods)), 2))
+    pairs = [(a, b) for a, b in pairs if scripts[methods[a]] != scripts[methods[b]]] or pairs
     known = [pair for pair in pairs if np.isfinite(found["disattenuated"][pair])]
     kind = "disattenuated" if known else "raw"
     rho = [found[kind][pair] for pair in known or pairs]
@@ -485,7 +487,8 @@ def compare(logs, args):
     pictures = {"quality": draw_quality(logs), "time": draw_time(choosing)}
     if len(methods) > 1:
         found = study(rankings + measures, label)
-        answer = headline(methods, found)
+        scripts = {log.name: log.meta.get("script", log.name) for log in choosing}
+        answer = headline(methods, found, scripts)
         tables += ["## Do they agree?", "", *pair_table(rankings + measures, found),
                    *telling_tables(choosing)]
         pictures["agreement"] = draw_agreement(rankings + measures, found)

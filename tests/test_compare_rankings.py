@@ -275,6 +275,24 @@ def test_what_cannot_be_told_is_unknown(report, tmp_path, few_samples):
     assert "0.6000" not in printed and "unknown: something to compare with" in printed
     assert "| my_method and known difficulty |" in printed
 
+def test_variants_of_one_script_are_not_two_types(report, tmp_path, few_samples):
+    """A run that was loaded, with equal MACs, does not make the answer say that all agree."""
+    def change(arrays, meta, count):
+        if meta["name"] == "moe_loaded":
+            meta["script"] = "moe"
+
+    simulate(tmp_path, ("early_exit", "moe", "moe_loaded"), shared=0.3, own=0.5, change=change)
+    paths = [tmp_path / f"moe{more}-s{seed}.npz" for seed in range(3) for more in ("", "_loaded")]
+    for path, other in zip(paths[::2], paths[1::2]):
+        with np.load(path) as log, np.load(other) as loaded:
+            kept = dict(log, meta=loaded["meta"])
+        np.savez_compressed(other, **kept)
+    answer = report(tmp_path).splitlines()[0]
+    assert "agree weakly" in answer and "2 of 2 pairs" in answer
+    for path in tmp_path.glob("early*"):
+        path.unlink()
+    assert "agree strongly" in report(tmp_path).splitlines()[0]      # there is nothing else
+
 def test_people_and_known_difficulty_are_columns(report, tmp_path, few_samples):
     known = []
 
