@@ -246,3 +246,8 @@ def test_the_learning_rate_rises_and_falls(monkeypatch):
     assert np.allclose(muon[:10], cfg.lr * np.arange(1, 11) / 10)
     assert np.allclose(muon[10:], cfg.lr * np.arange(90, 0, -1) / 90)
     assert sorted(map(id, held["Muon"] + held["AdamW"])) == sorted(map(id, model.parameters()))
+
+@pytest.mark.parametrize("name", NAMES[1:4])
+def test_one_block_is_too_few_where_the_first_decides_nothing(name, run, tmp_path):
+    status, _, errors = run(name, "--depth", "1", cwd=tmp_path)
+    assert status == 2 and "--depth" in errors.splitlines()[-1]
