@@ -222,14 +222,18 @@ def main(cfg):
     kind = (x.flatten() if cfg.text else y).cpu().numpy()           # characters read, or classes
     shuffled, tokens = np.random.default_rng(0).permutation(kind), chosen.shape[1] // len(kind)
     bits, by_chance = (specialisation(chosen, each.repeat(tokens)) for each in (kind, shuffled))
-    work = chosen.mean(1)
-    axis = Figure(figsize=(8, 5), layout="constrained").subplots()
-    axis.figure.colorbar(axis.imshow(work, aspect="auto", vmin=0))
-    axis.set(title="share of tokens", xlabel="expert", ylabel="layer with experts",
-             yticks=range(len(work)))
+    dead = (~chosen.any(1)).sum()
+    kinds = np.bincount(kind).argsort()[::-1][:16]                  # the most frequent ones
+    share = [chosen[:, kind.repeat(tokens) == k].mean(1).ravel() for k in kinds]    # (kinds, L E)
+    axis = Figure(figsize=(12, 5), layout="constrained").subplots()
+    axis.figure.colorbar(axis.imshow(share, aspect="auto", vmin=0))
+    axis.set_xticks(range(0, len(share[0]), cfg.experts), range(1, cfg.depth))
+    axis.set_yticks(range(len(kinds)), [repr(chr(k)) if cfg.text else str(k) for k in kinds])
+    axis.set(title="share of tokens that an expert runs", ylabel="class, or character read",
+             xlabel="block, and in it expert by expert")
     axis.figure.savefig(picture, dpi=120)
     print(f"bits that an expert tells about the class or character: {bits}; shuffled: {by_chance}")
-    print(f"dead experts: {(work == 0).sum()} of {work.size}; wrote {log} and {picture}")
+    print(f"dead experts: {dead} of {len(share[0])}; wrote {log} and {picture}")
 
 
 # Below: identical in every script (budgets: in four of the five); read it once.
