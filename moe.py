@@ -11,9 +11,11 @@ Expert e runs if w_e > 0 and the threshold, one for all layers and tokens, excee
     top_k   the same w, need_e = the rank of e, from 0, / E: the same count for every token
     relu    w = relu(router(x)), need_e = -router(x)_e; a penalty on w, by load, meets the budget
 
-The weights are not divided by their sum, or at k = 1 the task could not train the router. Routers
-may collapse onto a few experts; the balance loss E * sum_e f_e P_e (f: share of all work, P: mean
-of w) evens the load (`--balance 0`: not). Try `--routing top_k`, or `--dataset shakespeare`.
+The weights are not divided by their sum, or at k = 1 the task could not train the router. The
+balance loss E * sum_e f_e P_e (f: share of all work, P: mean of w) evens the load; without it
+softmax routers collapse onto a few experts, relu routers hardly. See the picture of
+
+    python moe.py --dataset shakespeare --routing top_k --experts 8 --balance 0
 
 Papers: Shazeer et al. 2017; Fedus et al. 2021 (Switch); Zoph et al. 2022 (ST-MoE, z-loss); Huang
 et al. 2024 (top_p); Dai et al. 2024 (DeepSeekMoE, shared); Wang et al. 2024 (ReMoE, relu).
