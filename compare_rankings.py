@@ -181,9 +181,9 @@ def bootstrap(columns, resamples=300, block=1):
 
 def agreement(rho, rankings, floor=FLOOR):
     """rho (..., L, L) of runs -> raw and disattenuated rho (..., A, A) of methods. Raw: the mean
-    over pairs of runs, of different seeds if there are any; the diagonal: reliabilities, between
-    the seeds of a method, NaN with only one. Disattenuated: over the root of
-    the product of two reliabilities, and at most 1; NaN where one is unknown or not above floor."""
+    over pairs of runs, of different seeds if there are any; the diagonal, between the seeds of a
+    method, is its reliability, NaN with one seed. Disattenuated: over the root of the product of
+    two reliabilities, and at most 1; NaN where one is unknown or not above the floor."""
     names = np.array([ranking.name for ranking in rankings])
     seeds = np.array([ranking.seed for ranking in rankings])
     methods = list(by_method(rankings))
