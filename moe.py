@@ -1,7 +1,7 @@
 """Send each token to the experts it needs: a mixture of experts that spends unevenly.
 
 From the second block on the MLP becomes a small shared expert, which always runs, E larger ones,
-and a router. (The first, when it had experts, ran at least twice as many: it stays dense.)
+and a router. (The first, when it had experts, ran more than any other: it stays dense.)
 
     y = shared(x) + sum over the chosen e of w_e * expert_e(x)
 
